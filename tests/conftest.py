@@ -1,0 +1,110 @@
+"""Fixtures and marks of the tests that have no place on a page.
+
+`data` tests need the real pictures, `browser` tests need Chromium, `peer` tests need the other libraries of the `dev`
+extra. Each is skipped with a line that says what to install. With `--no-skips-allowed` (CI) a skip is a failure unless
+the machine truly lacks the pictures or the browser, or the test states its condition in `@pytest.mark.skipif`.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+
+def find_data() -> Path | None:
+    from skin_gradcam.data import real_data
+    return real_data()
+
+
+def find_chromium() -> str | None:
+    return next(filter(None, map(shutil.which, filter(None, [os.environ.get('CHROMIUM'), *BROWSERS]))), None)
+
+
+@pytest.fixture(scope='session')
+def real_data() -> Path:
+    "The folder that holds `ham10000/`"
+    found = find_data()
+    if found is None: pytest.skip('real pictures not found: set SKIN_GRADCAM_DATA to the folder that holds ham10000/')
+    return found
+
+
+@pytest.fixture(scope='session')
+def chromium() -> str:
+    "The path of a Chromium"
+    found = find_chromium()
+    if found is None: pytest.skip('no Chromium found: apt-get install chromium, or set CHROMIUM to its path')
+    return found
+
+
+@pytest.fixture(scope='session')
+def browser(chromium: str) -> Iterator:
+    "A headless Chromium, driven by Playwright"
+    from playwright.sync_api import sync_playwright
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+             '--disable-component-update', '--disable-sync']
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=quiet)
+        yield b
+        b.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator:
+    "A fresh page, 1280 pixels wide"
+    context = browser.new_context(viewport={'width': 1280, 'height': 900})
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The docs site: the folder SKIN_GRADCAM_SITE where one is built already, else built now"
+    if given := os.environ.get('SKIN_GRADCAM_SITE'): return Path(given).resolve()
+    out = tmp_path_factory.mktemp('site') / '_docs'
+    subprocess.run([sys.executable, ROOT / 'tools/build_docs.py', '--site-only', '--out', out], check=True)
+    return out
+
+
+# ---------------------------------------------------------------- skips that are failures
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--no-skips-allowed', action='store_true', help='fail a skipped test that this machine could run')
+
+
+def excused(keywords) -> bool:
+    "Whether the machine lacks what the test is marked to need; a peer is never lacking, the `dev` extra brings it"
+    if 'data' in keywords and find_data() is None: return True
+    if 'browser' in keywords and find_chromium() is None: return True
+    return 'skipif' in keywords and 'peer' not in keywords
+
+
+def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    "Turn a skip into a failure that quotes its reason"
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = 'failed'
+    report.longrepr = f'{report.nodeid} was skipped although this machine could run it: {reason}'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    skipped = report.skipped and not hasattr(report, 'wasxfail')
+    if skipped and item.config.getoption('--no-skips-allowed') and not excused(item.keywords): refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    report = yield
+    if report.skipped and collector.config.getoption('--no-skips-allowed'): refuse_skip(report)
+    return report
