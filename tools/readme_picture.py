@@ -1,4 +1,4 @@
-"""Draw nbs/images/phantom_maps.png, the picture of README.md, from the model that `skin-gradcam demo` trained.
+"""Draw nbs/images/phantom_maps.jpg, the picture of README.md, from the model that `skin-gradcam demo` trained.
 
     skin-gradcam demo && python tools/readme_picture.py [runs/demo]
 
@@ -20,8 +20,8 @@ if __name__ == "__main__":
     args = ap.parse_args()
     phantom = draw_phantom("mel", SEED)
     e = Explainer.load(args.demo / "run" / "bundle")(phantom.image, name="phantom")
-    out = ROOT / "nbs" / "images" / "phantom_maps.png"
+    out = ROOT / "nbs" / "images" / "phantom_maps.jpg"
     out.parent.mkdir(exist_ok=True)
     chart = show_maps(tile(phantom, 600, masks=True), e.maps, p=e.p, logits=e.logits)
-    out.write_bytes(chart.render("png", 72))
+    out.write_bytes(chart.render("jpg", 80))
     print(e, f"\n{out.relative_to(ROOT)}: {out.stat().st_size // 1000} kB")
