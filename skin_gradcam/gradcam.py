@@ -86,7 +86,7 @@ def _release(modules, call):
                 m.training = True
                 del _held[m]
 
-# %% ../nbs/30_gradcam.ipynb #6378fee7
+# %% ../nbs/30_gradcam.ipynb #df384213
 def _all_modules(model):
     "The model and all modules in it, each once"
     found, waiting = {}, [model]
@@ -94,7 +94,7 @@ def _all_modules(model):
         m = waiting.pop()
         if m is None or m in found: continue
         found[m] = True
-        waiting.extend(m._modules.values())
+        if m._modules: waiting.extend(m._modules.values())
     return list(found)
 
 # %% ../nbs/30_gradcam.ipynb #033206a1
@@ -290,7 +290,7 @@ class Record:
 
 def _channels_first(t, layout): return (t.movedim(-1, -3) if layout=='NHWC' else t).float()
 
-# %% ../nbs/30_gradcam.ipynb #b8b7878f
+# %% ../nbs/30_gradcam.ipynb #a94b6e8a
 def _refusal(tap, module, size):
     "Why the output of a layer can give no map, `''` if it can"
     if not tap.calls: return 'was not reached in the forward pass'
@@ -298,17 +298,18 @@ def _refusal(tap, module, size):
     if tap.out is None: return 'does not give one float tensor'
     shape = list(tap.out.shape)
     if not map_layout(shape, size): return f'gives {shape}, which is no map [B,K,h,w] of a {size[0]}x{size[1]} picture'
-    normed = any(isinstance(m, nn.LayerNorm) for m in module.modules())
-    return f'gives {shape}: which axis holds the channels is not clear' if normed and len({*shape[1:]}) == 1 else ''
+    tie = len({*shape[1:]}) == 1 and any(isinstance(m, nn.LayerNorm) for m in module.modules())
+    return f'gives {shape}: which axis holds the channels is not clear' if tie else ''
 
-# %% ../nbs/30_gradcam.ipynb #ecb09d13
+# %% ../nbs/30_gradcam.ipynb #3b40d7e2
 def _check_logits(logits, B):
     "`ValueError` unless the model gave finite `[B,C]`"
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != B:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f'the model gives {got}: it must give logits [B,C], here with B={B}')
+    if math.isfinite(logits.detach().float().sum()): return
     bad = ', '.join(map(str, (~logits.isfinite()).any(1).nonzero().flatten().tolist()))
-    if bad: raise ValueError(f'the logits of picture {bad} are NaN or infinite: check the input and the weights')
+    raise ValueError(f'the logits of picture {bad} are NaN or infinite: check the input and the weights')
 
 # %% ../nbs/30_gradcam.ipynb #655f159a
 def record(model:Any, # module, Learner or wrapper, in any mode
@@ -365,18 +366,18 @@ def _class_list(target, B, C):
     if not all(0 <= i < C for i in ints): raise IndexError(f'target {target!r}: allowed are {allowed}')
     return ints
 
-# %% ../nbs/30_gradcam.ipynb #36f017e3
+# %% ../nbs/30_gradcam.ipynb #74c98831
 def directions(target:Any, # `None` (arg-max), a class, `B` classes, `'all'`, or a function of the logits giving `[B]`
                logits:Tensor # `[B,C]`
               )->Tensor: # `[T,B,C]` float32; `T` is `C` for `'all'`, else 1
     "A target as a direction in logit space, its slope along each logit. `ValueError`, `IndexError` for what is none."
     (B, C), logits = logits.shape, logits.detach().float()
     if callable(target): return _slope(target, logits)[None]
-    if isinstance(target, str) and target == 'all': return torch.eye(C, device=logits.device)[:,None].expand(C, B, C)
-    classes = logits.argmax(1) if target is None else torch.tensor(_class_list(target, B, C), device=logits.device)
-    return nn.functional.one_hot(classes, C).float()[None]
+    axes = torch.eye(C, device=logits.device)
+    if isinstance(target, str) and target == 'all': return axes[:,None].expand(C, B, C)
+    return axes[logits.argmax(1) if target is None else _class_list(target, B, C)][None]
 
-# %% ../nbs/30_gradcam.ipynb #bafa8241
+# %% ../nbs/30_gradcam.ipynb #72ab2c72
 def gradients(rec:Record, # from `record`
               v:Tensor # `[T,B,C]` from `directions`
              )->Iterator[list[Tensor]]: # for each target: `[B,K,h,w]` float32 for each layer
@@ -385,13 +386,13 @@ def gradients(rec:Record, # from `record`
         raise ValueError('the model switches gradients off behind the layer, so none reaches it: take a later layer')
     half = any(t.dtype.itemsize < 4 for t in (rec.logits, *rec.outputs))
     for u in v:
-        scale = u.abs().amax(-1, keepdim=True).clamp_min(1e-30) if half else torch.ones_like(u[:,:1])
-        gs = torch.autograd.grad(rec.logits, rec.outputs, (u/scale).to(rec.logits.dtype), retain_graph=True,
-                                 allow_unused=True)
+        scale = u.abs().amax(-1, keepdim=True).clamp_min(1e-30) if half else None
+        u = (u if scale is None else u/scale).to(rec.logits.dtype)
+        gs = torch.autograd.grad(rec.logits, rec.outputs, u, retain_graph=True, allow_unused=True)
         for n in [n for n,g in zip(rec.layers, gs) if g is None]:
             raise ValueError(f"the logits do not depend on layer '{n}', or the model cuts the gradient behind it")
         maps = [_channels_first(g, l) for g,l in zip(gs, rec.layouts)]
-        yield [g * scale[...,None,None] for g in maps] if half else maps
+        yield maps if scale is None else [g * scale[...,None,None] for g in maps]
 
 # %% ../nbs/30_gradcam.ipynb #d7d98451
 def gradient_is_flat(rec:Record, # from `record`
@@ -432,7 +433,7 @@ METHODS: dict[str, tuple[Callable[[Record,Tensor],Iterator[list[Tensor]]], Calla
     'hirescam': (gradients, hirescam_map),
     'cam': (linear_weights, hirescam_map)}
 
-# %% ../nbs/30_gradcam.ipynb #9b08e28b
+# %% ../nbs/30_gradcam.ipynb #74db6044
 def class_maps(rec:Record, # from `record`
                target:Any=None, # as in `gradcam`
                method:str='gradcam' # a key of `METHODS`
@@ -443,7 +444,7 @@ def class_maps(rec:Record, # from `record`
     rows = [[weigh(f, w) for f,w in zip(feats, ws)] for ws in weights(rec, directions(target, rec.logits))]
     out = [torch.stack(m, 1) for m in zip(*rows)]
     for n,m in zip(rec.layers, out):
-        if not m.isfinite().all(): raise ValueError(f"the map of layer '{n}' holds NaN or infinity: check the weights")
+        if not math.isfinite(m.sum()): raise ValueError(f"the map of layer '{n}' holds NaN or infinity: check the weights")
     return out if isinstance(target, str) else [m[:,0] for m in out]
 
 # %% ../nbs/30_gradcam.ipynb #cca278ce
