@@ -433,7 +433,7 @@ METHODS: dict[str, tuple[Callable[[Record,Tensor],Iterator[list[Tensor]]], Calla
     'hirescam': (gradients, hirescam_map),
     'cam': (linear_weights, hirescam_map)}
 
-# %% ../nbs/30_gradcam.ipynb #74db6044
+# %% ../nbs/30_gradcam.ipynb #db43ae6c
 def class_maps(rec:Record, # from `record`
                target:Any=None, # as in `gradcam`
                method:str='gradcam' # a key of `METHODS`
@@ -444,7 +444,7 @@ def class_maps(rec:Record, # from `record`
     rows = [[weigh(f, w) for f,w in zip(feats, ws)] for ws in weights(rec, directions(target, rec.logits))]
     out = [torch.stack(m, 1) for m in zip(*rows)]
     for n,m in zip(rec.layers, out):
-        if not math.isfinite(m.sum()): raise ValueError(f"the map of layer '{n}' holds NaN or infinity: check the weights")
+        if not math.isfinite(m.sum()): raise ValueError(f"the map of layer '{n}' is not finite: check the weights")
     return out if isinstance(target, str) else [m[:,0] for m in out]
 
 # %% ../nbs/30_gradcam.ipynb #cca278ce
