@@ -805,7 +805,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'skin_gradcam/training.py'),
                                        'skin_gradcam.training.RunRecorder.row': ( 'training.html#runrecorder.row',
                                                                                   'skin_gradcam/training.py'),
-                                       'skin_gradcam.training._accumulated': ('training.html#_accumulated', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training._augment': ('training.html#_augment', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training._average': ('training.html#_average', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training._copy_state': ('training.html#_copy_state', 'skin_gradcam/training.py'),

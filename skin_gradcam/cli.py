@@ -115,7 +115,7 @@ def unseen(df:Any, # table with column `lesion_id`
     dropped = {role: int(df.lesion_id.isin(ids).sum()) for role,ids in seen.items()}
     return df[~df.lesion_id.isin({i for ids in seen.values() for i in ids})], dropped
 
-# %% ../nbs/70_cli.ipynb #f311a4eb
+# %% ../nbs/70_cli.ipynb #9f831d85
 def evaluate_bundle(bundle:str|Path|None, # bundle folder; None takes the one that ships
                     data:str|Path, # folder of pictures with labels
                     manifest:str|Path|None=None, # roles file, to measure one role only
@@ -126,7 +126,8 @@ def evaluate_bundle(bundle:str|Path|None, # bundle folder; None takes the one th
     from skin_gradcam.data import DataError, Manifest, read_folder
     from skin_gradcam.inference import Explainer
     ex = Explainer.load(bundle)
-    df = Manifest.load(manifest, data).role(role) if manifest and role else Manifest.load(manifest, data).df if manifest else read_folder(data)[0]
+    m = Manifest.load(manifest, data) if manifest else None
+    df = read_folder(data)[0] if m is None else m.role(role) if role else m.df
     df, dropped = unseen(df, ex.bundle.info.seen_lesions)
     if not len(df): raise DataError(f'{data}: every picture shows a lesion that the bundle has seen ({dropped}); give others')
     answers = list(ex.explain_many([Path(data)/p for p in df.path], keep_side=0))
