@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'RESIZE', 'SEEN_ROLES', 'LIBRARIES', 'MODEL', 'INFO', 'BundleError', 'parse_json', 'dump_json', 'seal_json',
-           'unseal_json', 'BundleInfo', 'info_problems', 'library_versions', 'write_file', 'replace_folder', 'Bundle',
-           'write_bundle', 'read_info', 'load_bundle', 'default_bundle']
+           'unseal_json', 'BundleInfo', 'info_problems', 'library_versions', 'replace_folder', 'Bundle', 'write_bundle',
+           'read_info', 'load_bundle', 'default_bundle']
 
-# %% ../nbs/18_bundle.ipynb #5b6d4661
+# %% ../nbs/18_bundle.ipynb #0f550f91
 import hashlib
 import html
 import json
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load as load_tensors, save as save_tensors
 
+from .files import sync_folder, write_atomic
 from .lesions import CLASSES
 
 # %% ../nbs/18_bundle.ipynb #e18e09cc
@@ -174,30 +175,7 @@ def library_versions(names:Sequence[str]=LIBRARIES # distributions; one that is 
         except metadata.PackageNotFoundError: pass
     return found
 
-# %% ../nbs/18_bundle.ipynb #a6d8456e
-def _sync_folder(folder:Path)->None:
-    "Put a folder's entries on the disk, where the system allows it"
-    if os.name != 'posix': return
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def write_file(file:str|Path, # is replaced when it exists
-               data:bytes # whole content
-              )->None: # raises `OSError`; the old content is then still there
-    "Write a file atomically: beside the target, then `fsync`, then rename"
-    file = Path(file)
-    temp = file.with_name(f'.{file.name}.{uuid.uuid4().hex[:8]}.tmp')
-    try:
-        with open(temp, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, file)
-    finally: temp.unlink(missing_ok=True)
-    _sync_folder(file.parent)
-
-# %% ../nbs/18_bundle.ipynb #7e6839b2
+# %% ../nbs/18_bundle.ipynb #48fc3213
 def _previous(folder:Path)->Path: return folder.with_name(f'.{folder.name}.previous')
 
 def replace_folder(new:Path, # complete folder on the same disk
@@ -212,7 +190,7 @@ def replace_folder(new:Path, # complete folder on the same disk
     except BaseException:
         if old.exists() and not folder.exists(): os.rename(old, folder)
         raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     if old.exists(): shutil.rmtree(old)
 
 # %% ../nbs/18_bundle.ipynb #9309006f
@@ -309,14 +287,14 @@ def write_bundle(folder:str|Path, # to make; a bundle that is there is replaced 
                       'what was there before is untouched; free space or choose another folder') from e
     return load_bundle(folder, classes=None)
 
-# %% ../nbs/18_bundle.ipynb #c23109e8
+# %% ../nbs/18_bundle.ipynb #2193c54f
 def _write_folder(folder:Path, files:Mapping[str, bytes])->None:
     "Write files into a temporary folder beside, then put it in its place"
     temp = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.tmp')
     folder.parent.mkdir(parents=True, exist_ok=True)
     temp.mkdir()
     try:
-        for name,data in files.items(): write_file(temp/name, data)
+        for name,data in files.items(): write_atomic(temp/name, data)
         replace_folder(temp, folder)
     finally: shutil.rmtree(temp, ignore_errors=True)
 
