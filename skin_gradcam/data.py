@@ -16,7 +16,7 @@ from .readers import (COLUMNS, HAM10000_DX, KNOWN, DataError, LeakError, Picture
 
 # %% auto #0
 __all__ = ['ROLES', 'MANIFEST_SCHEMA', 'check_leak', 'manifest_hash', 'check_manifest', 'Manifest', 'draw_manifest',
-           'extend_train', 'check_files']
+           'extend_train', 'draw_folds', 'across_roles', 'leak_audit', 'check_files']
 
 # %% ../nbs/10_data.ipynb #4b3b41c5
 ROLES = ('train', 'valid', 'calibration', 'test')
@@ -100,7 +100,7 @@ def _check_diagnoses(df:pd.DataFrame)->None:
     names = '; '.join(f'{k} ({", ".join(sorted(set(g.dx)))}: {_some(g.image_id)})' for k,g in groups)
     raise DataError(f'{len(bad)} lesions with two diagnoses: {names}; correct the table or drop them')
 
-# %% ../nbs/10_data.ipynb #2c4270eb
+# %% ../nbs/10_data.ipynb #6ce7757c
 class Manifest:
     "Pictures with their lesion, role and fold: checked, hashed, and saved as a CSV that verifies itself"
     def __init__(self,
@@ -134,6 +134,11 @@ class Manifest:
         "The files of the rows"
         return [self.root/p for p in (self.df if df is None else df).path]
 
+    def with_fold(self, fold:int # of the cross-validation, from 0
+                 )->Manifest: # role valid: that fold; role train: the other folds, and further pictures of their lesions
+        "The roles of one round of cross-validation; test stays, calibration is empty (its lesions are in the folds)"
+        return _turn_fold(self, fold)
+
     def save(self, csv:str|Path # the file to write
             )->Path: # the same path
         "Write the table with its header, atomically; `LeakError` or `DataError` if it has been made a wrong one"
@@ -158,6 +163,17 @@ def _manifest_line(m:Manifest)->str:
     n = ', '.join(f'{r} {c}' for r,c in m.counts().sum(axis=1).items())
     return f'Manifest({len(m)} pictures of {m.df.lesion_id.nunique()} lesions: {n}; hash {m.hash[:12]})'
 
+# %% ../nbs/10_data.ipynb #d7afb14a
+def _turn_fold(m:Manifest, fold:int)->Manifest:
+    "Roles train and valid by fold"
+    d, folds = m.df, sorted(set(m.df.fold[m.df.fold>=0]))
+    if fold not in folds or len(folds)<2:
+        raise DataError(f'fold {fold}: this manifest has the folds {folds or "none"}; at least two are needed, draw_folds makes them')
+    held = set(d.lesion_id[d.fold==fold])
+    d = d[(d.fold>=0) | (d.role=='test') | ((d.role=='train') & ~d.lesion_id.isin(held))]
+    role = np.where(d.role=='test', 'test', np.where(d.fold==fold, 'valid', 'train'))
+    return Manifest(d.assign(role=role), m.root, m.classes, m.recipe | dict(round=dict(from_hash=m.hash, fold=int(fold))))
+
 # %% ../nbs/10_data.ipynb #e1440040
 def _manifest_text(m:Manifest)->str:
     "Header and table of a manifest file"
@@ -171,7 +187,7 @@ def _quoted(v:str)->str:
     "A CSV value; unlike the standard writer it also protects a lone carriage return"
     return '"' + v.replace('"', '""') + '"' if re.search('[,"\r\n]', v) else v
 
-# %% ../nbs/10_data.ipynb #cd1cb88a
+# %% ../nbs/10_data.ipynb #d96cb07d
 def _parse_manifest(path:Path)->tuple[pd.DataFrame, tuple[str, ...], dict[str, Any]]: # table, classes, recipe
     "The content of a manifest file; `DataError` if it is not a sound one"
     try: text = path.read_bytes().decode('utf-8-sig', 'surrogateescape')
@@ -183,6 +199,8 @@ def _parse_manifest(path:Path)->tuple[pd.DataFrame, tuple[str, ...], dict[str, A
         head[k], start = v, lines.tell()
     if not {'schema', 'hash', 'classes', 'recipe'} <= set(head):
         raise DataError(f'{path.name}: not a manifest; Manifest.save writes one')
+    if re.search(r'^# skin_gradcam manifest', text[start:], re.M):
+        raise DataError(f'{path.name}: several manifests in one file; keep them apart, or read their tables and draw once')
     _check_schema(path.name, head['schema'])
     lines.seek(start)
     try:
@@ -209,18 +227,36 @@ def _check_schema(name:str, schema:str)->None:
     do = 'update skin_gradcam' if newer else 'draw the roles again with this version'
     raise DataError(f'{name}: manifest schema {schema}, this version reads {MANIFEST_SCHEMA}; {do}')
 
-# %% ../nbs/10_data.ipynb #4e28ff04
+# %% ../nbs/10_data.ipynb #6202e3a2
 def _draw_class(d:pd.DataFrame, per_class:int|None, cut:np.ndarray, folds:int, one:bool,
-                rng:np.random.Generator)->list[tuple[int, str, int]]: # (row, role, fold) of each chosen picture
+                rng:np.random.Generator, by:Sequence[str]=())->list[tuple[int, str, int]]: # (row, role, fold) of each picture
     "Draw one class"
     d = d.sort_values(['lesion_id', 'image_id'], kind='stable')
     groups = {k: list(g.index) for k,g in d.groupby('lesion_id', sort=True)}
-    ids, out = sorted(groups), []
-    for pos,i in enumerate(rng.permutation(len(ids))[:per_class]):
+    ids = sorted(groups)
+    chosen = rng.permutation(len(ids))[:per_class]
+    kinds = [[_cell(d.at[groups[ids[i]][0], c]) for c in by] for i in chosen]
+    seats, out = _seats(kinds, cut, folds), []
+    for i,(role,fold) in zip(chosen, seats):
         rows = groups[ids[i]]
         k = int(rng.integers(len(rows)))
-        role = ROLES[int(np.searchsorted(cut, pos, side='right'))]
-        out += [(r, role, -1 if role=='test' else pos%folds) for r in (rows[k:k+1] if one else rows)]
+        out += [(r, role, fold) for r in (rows[k:k+1] if one else rows)]
+    return out
+
+# %% ../nbs/10_data.ipynb #a82959ac
+def _seats(kinds:Sequence[Sequence[str]], # stratum of each lesion, in drawn order
+           cut:np.ndarray, # ends of the four roles
+           folds:int
+          )->list[tuple[str, int]]: # (role, fold) of each lesion, in drawn order
+    "Role and fold of each drawn lesion, spread evenly over strata"
+    sizes = np.diff(np.minimum(cut, len(kinds)), prepend=0)
+    line = sorted(range(len(kinds)), key=lambda i: (kinds[i], i)) # stable: all alike is the drawn order
+    marks = [(k, r) for r,n in enumerate(sizes) for k in range(n)]
+    if len(set(map(tuple, kinds)))>1: marks = sorted(((k+.5)/sizes[r], r) for k,r in marks) # type: ignore[misc]
+    out, seen = [('', -1)]*len(kinds), 0
+    for pos,(i,(_,r)) in enumerate(zip(line, marks)):
+        out[i] = (ROLES[r], -1 if ROLES[r]=='test' else seen%folds)
+        seen += ROLES[r]!='test'
     return out
 
 # %% ../nbs/10_data.ipynb #eca4b007
@@ -244,7 +280,7 @@ def _cuts(have:Mapping[str, int], per_class:int|None, shares:Sequence[float], fo
                             'collect more, or change shares or folds')
     return out
 
-# %% ../nbs/10_data.ipynb #ddfb542b
+# %% ../nbs/10_data.ipynb #24c2885e
 def draw_manifest(df:pd.DataFrame, # table of a reader
                   root:str|Path, # the folder that was read
                   per_class:int|None=550, # lesions of each class; None: all there are, however unequal
@@ -253,10 +289,12 @@ def draw_manifest(df:pd.DataFrame, # table of a reader
                   one_per_lesion:bool=True, # one picture of each lesion, or all of them (in one role all the same)
                   seed:int=0, # another seed, another draw
                   all_for_train:bool=False, # afterwards add every further picture to train that may be (`extend_train`)
-                  classes:Sequence[str]=CLASSES # labels in their fixed order
+                  classes:Sequence[str]=CLASSES, # labels in their fixed order
+                  stratify:str|Sequence[str]=() # columns, such as `dx_type`, to spread evenly over roles and folds
                  )->Manifest: # no lesion in two roles
     "Draw lesion-safe roles and folds, the same on every machine; `DataError` with counts if lesions are too few"
-    _need_columns(df, COLUMNS)
+    by = [stratify] if isinstance(stratify, str) else list(stratify)
+    _need_columns(df, (*COLUMNS, *by))
     if other := sorted(set(df.dx.map(str))-set(classes)):
         raise DataError(f'labels {_some(other)} are not in {", ".join(classes)}; read with classes=...')
     df = join_duplicates(df.reset_index(drop=True))
@@ -265,9 +303,10 @@ def draw_manifest(df:pd.DataFrame, # table of a reader
     drawn = []
     for i,c in enumerate(classes):
         rng = np.random.default_rng([seed, i])
-        drawn += _draw_class(df[df.dx==c], per_class, cuts[c], folds, one_per_lesion, rng)
+        drawn += _draw_class(df[df.dx==c], per_class, cuts[c], folds, one_per_lesion, rng, by)
     rows, role, fold = zip(*drawn)
-    recipe = dict(per_class=per_class, shares=list(shares), folds=folds, one_per_lesion=one_per_lesion, seed=seed)
+    recipe:dict[str, Any] = dict(per_class=per_class, shares=list(shares), folds=folds, one_per_lesion=one_per_lesion, seed=seed)
+    if by: recipe |= dict(stratify=by)
     m = Manifest(df.loc[list(rows)].assign(role=list(role), fold=list(fold)), root, classes, recipe)
     return extend_train(m, df) if all_for_train else m
 
@@ -292,6 +331,57 @@ def extend_train(m:Manifest, # drawn roles
         parts.append(d.iloc[order[:n]].assign(role='train', fold=-1))
     recipe = m.recipe | dict(extended=dict(from_hash=m.hash, cap_per_class=cap_per_class, seed=seed))
     return Manifest(pd.concat(parts, ignore_index=True), m.root, m.classes, recipe)
+
+# %% ../nbs/10_data.ipynb #ccee6961
+def draw_folds(m:Manifest, # drawn roles; they stay as they are
+               folds:int=5, # parts of the cross-validation
+               seed:int=0
+              )->Manifest: # with a fold for every picture that is not test
+    "Redraw the folds: pictures of each class balanced, lesions whole; `DataError` if a class has fewer lesions than folds"
+    from sklearn.model_selection import StratifiedGroupKFold
+    rest = m.df[m.df.role!='test']
+    least = rest.groupby('dx').lesion_id.nunique()
+    if folds<2 or least.min()<folds:
+        raise DataError(f'folds={folds}: at least 2, and at most {least.min()}, the lesions of {least.idxmin()}')
+    fold = pd.Series(-1, index=m.df.index)
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for k,(_,rows) in enumerate(split.split(rest, rest.dx, rest.lesion_id)): fold[rest.index[rows]] = k
+    return Manifest(m.df.assign(fold=fold), m.root, m.classes, m.recipe | dict(redrawn=dict(folds=folds, seed=seed)))
+
+# %% ../nbs/10_data.ipynb #a16e9a12
+def across_roles(m:Manifest,
+                 pairs:pd.DataFrame # columns `lesion_a`, `lesion_b`: lesion ids that turned out to be one lesion
+                )->pd.DataFrame: # the pairs on two sides, with `role_a`, `fold_a`, `role_b`, `fold_b`
+    "Which pairs of lesions stand in two roles, or in two folds, of a manifest"
+    _need_columns(pairs, ('lesion_a', 'lesion_b'))
+    at = m.df.drop_duplicates('lesion_id').set_index('lesion_id')[['role', 'fold']]
+    t = pairs.join(at.add_suffix('_a'), on='lesion_a').join(at.add_suffix('_b'), on='lesion_b').dropna(subset=['role_a', 'role_b'])
+    t = t.astype(dict(fold_a=int, fold_b=int))
+    return t[(t.role_a!=t.role_b) | ((t.fold_a!=t.fold_b) & (t.fold_a>=0) & (t.fold_b>=0))].reset_index(drop=True)
+
+# %% ../nbs/10_data.ipynb #b0338aa0
+def leak_audit(df:pd.DataFrame, # table of a reader: `dx`, `lesion_id`
+               per_class:int|None=550, # pictures of each class in one draw; None, or where there are fewer: all
+               test:float=.2, # share of the pictures that go to test
+               draws:int=100, # random splits
+               seed:int=0
+              )->pd.DataFrame: # rows: 'all' and the classes; columns `mean`, `sd`, `low`, `high`, `pictures`, `lesions`
+    "Share of random-split test pictures whose lesion is also in train: what splitting by picture would leak"
+    if not 0<test<1 or draws<2: raise DataError(f'test={test}, draws={draws}: a share between 0 and 1, and at least 2 draws')
+    d = df.reset_index(drop=True)
+    dx, lesion = d.dx.to_numpy(), pd.factorize(d.lesion_id)[0]
+    rows = {c: np.flatnonzero(dx==c) for c in sorted(set(dx))}
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(draws):
+        some = np.concatenate([rng.permutation(r)[:per_class] for r in rows.values()])
+        some = rng.permutation(some)
+        cut = max(1, round(test*len(some)))
+        held, seen = some[:cut], np.isin(lesion[some[:cut]], lesion[some[cut:]])
+        out.append({'all': seen.mean()} | {c: seen[dx[held]==c].mean() if (dx[held]==c).any() else np.nan for c in rows})
+    o = pd.DataFrame(out)
+    t = pd.DataFrame(dict(mean=o.mean(), sd=o.std(), low=o.quantile(.025), high=o.quantile(.975)))
+    n = d.groupby('dx').lesion_id
+    return t.assign(pictures=pd.Series(dict(n.size()) | {'all': len(d)}), lesions=pd.Series(dict(n.nunique()) | {'all': d.lesion_id.nunique()}))
 
 # %% ../nbs/10_data.ipynb #51a68b9f
 def check_files(m:Manifest # a manifest with its folder

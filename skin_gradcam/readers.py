@@ -194,7 +194,7 @@ def _looks_sound(data:bytes)->bool:
     except Exception: return False # whatever it is: the real decoder says what
     return not breaks_off(data)
 
-# %% ../nbs/08_readers.ipynb #4bc3b6b6
+# %% ../nbs/08_readers.ipynb #6b01ce81
 Scans = dict[str, tuple[str, str]] # path -> (sha256, reason why it is unreadable or '')
 Check = str | Callable[[Path, Sequence[str]], Scans]
 
@@ -208,7 +208,8 @@ def scan_all(folder:Path, # the paths are relative to it
         raise DataError(f"check={check!r}: use 'fast' (header and end of each file) or 'decode' (every pixel)")
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         todo = pool.map(lambda p: _scan(folder/p, check), paths)
-        return dict(zip(paths, tqdm(todo, total=len(paths), desc='reading pictures', delay=2, leave=False)))
+        bar = tqdm(todo, total=len(paths), desc='reading pictures', delay=2, leave=False)
+        return {p: scan for scan,p in zip(bar, paths)} # the bar first, so that it sees the end
 
 # %% ../nbs/08_readers.ipynb #5c96f338
 def _read_csv(csv_file:Path, need:Iterable[tuple[str, str]])->pd.DataFrame: # every column as text
@@ -425,15 +426,18 @@ def read_classes(folder:str|Path, # holds sub folders named after the classes, a
     t = pd.DataFrame(dict(image_id=paths, dx=[dx(p) for p in paths], lesion_id=None))
     return _checked(t, paths, folder, classes, check, (), ReadReport(folder.name), labels, same_lesion)
 
-# %% ../nbs/08_readers.ipynb #372ae343
+# %% ../nbs/08_readers.ipynb #b9120190
 def read_folder(folder:str|Path, # a folder of one of the layouts above
-                **kw:Any # passed to the reader: `classes`, `check`, `same_lesion`; for tables also `image`, `lesion`..
+                **kw:Any # passed to the reader: `classes`, `check`, `same_lesion`; for tables also `csv`, `image`, `lesion`..
                )->tuple[pd.DataFrame, ReadReport]: # one row a picture; what was left out
     "Read a folder in the Kaggle layout, with one table, or with class-named sub folders; `DataError` if it is neither"
     folder = Path(folder)
     _need_folder(folder)
+    if kw.get('csv'): return read_table(folder, **kw)
+    if own := [k for k in ('image', 'label', 'lesion') if k in kw]: # columns are named: it must be a table
+        return read_table(folder, _only_table(folder, own), **kw)
     if _kaggle_table(folder): return read_kaggle(folder, **kw)
-    tables = sorted(p for p in folder.iterdir() if re.fullmatch(r'[^.].*\.(csv|tsv|tab)', p.name, re.I))
+    tables = _tables(folder)
     if len(tables)==1: return read_table(folder, tables[0], **kw)
     words = {c.casefold() for c in (*kw.get('classes', CLASSES), *(kw.get('labels') or ()))}
     folders = {d.casefold() for p in find_pictures(folder) for d in p.split('/')[:-1]}
@@ -441,3 +445,15 @@ def read_folder(folder:str|Path, # a folder of one of the layouts above
     if tables: raise DataError(f'{folder}: several tables ({_some(p.name for p in tables)}); name one with read_table')
     names = ', '.join(sorted(words))
     raise DataError(f'{folder}: neither HAM10000_metadata.csv, nor one CSV, nor pictures in folders named {names}')
+
+# %% ../nbs/08_readers.ipynb #79ae9221
+def _tables(folder:Path)->list[Path]:
+    "The tables that lie in a folder"
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r'[^.].*\.(csv|tsv|tab)', p.name, re.I))
+
+def _only_table(folder:Path, own:Sequence[str])->Path:
+    "The one table of a folder, for a reader that was told the names of its columns"
+    tables = _tables(folder)
+    if len(tables)==1: return tables[0]
+    many = f'several tables ({_some(p.name for p in tables)})' if tables else 'no table'
+    raise DataError(f'{folder}: {", ".join(own)} name columns, but there is {many} here; say which with csv=...')

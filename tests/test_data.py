@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skin_gradcam import data
+from skin_gradcam import data, readers
 from skin_gradcam.data import (
     ROLES,
     DataError,
@@ -372,6 +372,63 @@ def test_no_options_put_a_lesion_in_two_roles(n, views, copies, per_class, share
     assert draw_manifest(df[::-1], '.', per_class, shares, folds, one, seed).hash == m.hash or extend or cap is not None
 
 
+OPS = st.lists(st.sampled_from(['extend', 'folds', 'round', 'save', 'stratify', 'join']), max_size=6)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(6, 16), views=st.integers(1, 3), ops=OPS, seed=st.integers(0, 2**16), one=st.booleans(),
+       same=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(lambda p: p[0] != p[1]), max_size=5))
+def test_no_sequence_of_steps_puts_a_lesion_in_two_roles(tmp_path, n, views, ops, seed, one, same):
+    df = lesions(n, views).assign(sex=lambda d: np.where(d.index % 3 == 0, 'female', 'male'))
+    groups = [[df.image_id[a % len(df)], df.image_id[b % len(df)]] for a, b in same]
+    groups = [g for g in groups if len(set(g)) == 2 and df.set_index('image_id').dx[g].nunique() == 1]
+    df = data.join_lesions(df, groups)
+    by = ['sex'] if 'stratify' in ops else []
+    try: m = draw_manifest(df, '.', None, (3, 1, 1, 1), 2, one, seed, stratify=by)
+    except DataError: return
+    test = set(m.role('test').lesion_id)
+    for op in ops:
+        if op == 'extend': m = extend_train(m, df)
+        elif op == 'folds': m = data.draw_folds(m, 2, seed)
+        elif op == 'round': m = m.with_fold(seed % 2)
+        elif op == 'save': m = Manifest.load(m.save(tmp_path / 'm.csv'), '.')
+        elif op == 'join':  # the user finds two more pictures of one lesion, too late: the manifest must refuse them
+            late = [[m.df.image_id[0], m.df.image_id[len(m) - 1]]]
+            joined = data.join_lesions(m.df, late)
+            if m.df.role[0] != m.df.role[len(m) - 1]:
+                with pytest.raises(DataError): Manifest(joined, '.')
+    d = m.df
+    check_leak(d)
+    assert (d.groupby('lesion_id').role.nunique() == 1).all() and (d.groupby('sha256').role.nunique() == 1).all()
+    assert (d[d.fold >= 0].groupby('lesion_id').fold.nunique() == 1).all()
+    assert set(d.lesion_id[d.role == 'test']) == test and (d.fold[d.role == 'test'] == -1).all()
+    for g in groups: assert d[d.image_id.isin(g)].role.nunique() <= 1
+    if 'round' in ops and 'folds' not in ops: assert set(d.fold[d.role == 'valid']) == {seed % 2}
+
+
+def test_strata_are_spread():
+    df = lesions(60).assign(dx_type=lambda d: np.where(d.index % 60 < 40, 'histo', 'follow_up'))
+    m = draw_manifest(df, '.', 50, stratify='dx_type')
+    chosen = m.df.groupby(['dx', 'dx_type']).size()
+    for (dx, kind), total in chosen.items():
+        share = m.df[(m.df.dx == dx) & (m.df.dx_type == kind)].role.value_counts() / total
+        for role, s in zip(ROLES, (.6, .1, .1, .2), strict=True): assert abs(share.get(role, 0) - s) <= 1.01 / total
+    assert set(m.df.image_id) == set(draw_manifest(df, '.', 50).df.image_id)  # the same lesions, other seats
+
+
+def test_two_manifests_mixed(tmp_path, manifest):
+    a, b = manifest.save(tmp_path / 'a.csv'), draw_manifest(lesions(12), '.', 10, seed=9).save(tmp_path / 'b.csv')
+    both = tmp_path / 'both.csv'
+    both.write_text(a.read_text() + b.read_text())
+    with pytest.raises(DataError, match='both.csv: several manifests in one file; keep them apart'):
+        Manifest.load(both, '.')
+    head, rows = a.read_text().split('\nimage_id', 1)[0], b.read_text().split('\nimage_id', 1)[1]
+    both.write_text(head + '\nimage_id' + rows)
+    with pytest.raises(DataError, match='both.csv: changed after saving'): Manifest.load(both, '.')
+    with pytest.raises(DataError, match='pictures that stand twice'):
+        Manifest(pd.concat([manifest.df, manifest.df.assign(role='test', fold=-1)]), '.')
+
+
 def test_folds_are_even():
     m = draw_manifest(lesions(110, 2), '.', per_class=110)
     assert pd.crosstab(m.df.fold, m.df.dx).loc[0:].to_numpy().tolist() == [[18, 18, 18]] * 3 + [[17, 17, 17]] * 2
@@ -573,7 +630,7 @@ def test_where_the_data_is(tmp_path, monkeypatch):
     monkeypatch.setenv('SKIN_GRADCAM_DATA', str(tmp_path / 'ham10000'))
     with pytest.raises(DataError, match='no folder ham10000 there'): data.real_data()
     monkeypatch.delenv('SKIN_GRADCAM_DATA')
-    monkeypatch.setattr(data.skin_gradcam, '__file__', str(tmp_path / 'elsewhere/repo/skin_gradcam/__init__.py'))
+    monkeypatch.setattr(readers.skin_gradcam, '__file__', str(tmp_path / 'elsewhere/repo/skin_gradcam/__init__.py'))
     assert data.real_data() is None
     (tmp_path / 'elsewhere/shared/data/ham10000').mkdir(parents=True)
     assert data.real_data() == tmp_path / 'elsewhere/shared/data'
@@ -623,6 +680,23 @@ def test_a_random_split_would_leak_as_the_page_says(ham):
         shares.append([seen.mean(), seen[test.dx == 'mel'].mean()])
     overall, mel = np.mean(shares, axis=0)
     assert abs(overall - .24) < .015 and abs(mel - .39) < .02
+
+
+@pytest.mark.data
+def test_the_leak_audit_finds_the_known_shares(ham):
+    "550 a class, 80/20: 0.24 overall (SD .02), 0.39 of mel (SD .05), 0.30 of bkl, 0.03 of nv"
+    t = data.leak_audit(ham[0], 550, .2, draws=200, seed=1)
+    for name, mean in dict(all=.239, mel=.390, bkl=.297, nv=.031).items(): assert abs(t['mean'][name] - mean) < .01, t
+    assert abs(t.sd['all'] - .02) < .005 and abs(t.sd.mel - .05) < .01
+    assert t.loc['all', 'pictures'] == 8917 and t.loc['mel', 'lesions'] == 614
+
+
+@pytest.mark.data
+def test_rounds_of_the_study(real_data):
+    study = Manifest.load(STUDY, real_data / 'ham10000')
+    valid = pd.concat([study.with_fold(k).role('valid') for k in range(5)])
+    assert sorted(valid.image_id) == sorted(study.df.image_id[study.df.role != 'test']) and len(valid) == 1320
+    assert study.with_fold(0).counts().loc['train'].tolist() == [352] * 3
 
 
 @pytest.mark.data
