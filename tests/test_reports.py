@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,16 @@ import pytest
 from bs4 import BeautifulSoup
 from test_inference import numpy_backend, tiny_bundle
 
+from skin_gradcam.checks import FactStore, check_folder
+from skin_gradcam.data import Manifest, draw_manifest
+from skin_gradcam.data_cli import read_facts
 from skin_gradcam.evaluation import evaluate, softmax
 from skin_gradcam.inference import Explainer, Unreadable
 from skin_gradcam.lesions import DISCLAIMER
-from skin_gradcam.phantoms import draw_phantom
-from skin_gradcam.reports import ReportWriter, html_report, model_card, run_report
+from skin_gradcam.overview import channel_stats
+from skin_gradcam.phantoms import draw_phantom, write_phantoms
+from skin_gradcam.readers import read_folder
+from skin_gradcam.reports import ReportWriter, data_card, html_report, model_card, run_report
 
 EVIL = '<script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x.jpg'
 
@@ -170,3 +176,117 @@ def test_maps_without_any_evidence_are_said_so(explainer, tmp_path):
     zero = type(flat)(**{**{k: getattr(flat, k) for k in flat.__dataclass_fields__}, 'maps': np.zeros_like(flat.maps)})
     text = html_report([zero], tmp_path/'r.html').read_text('utf-8')
     assert text.count('alt="No part of the picture speaks for') == 3
+
+
+# ---------------------------------------------------------------- the data card
+
+STUDY, CARD = (Path(__file__).parents[1]/'results'/name for name in ('ham10000_roles.csv', 'ham10000_data_card.md'))
+
+
+@pytest.fixture(scope='module')
+def manifest(tmp_path_factory):
+    "Phantoms, three views of a lesion, with the columns that Kaggle does not have"
+    folder = write_phantoms(tmp_path_factory.mktemp('card')/'phantoms', per_class=6, views=3, width=96, height=72)
+    df, report = read_folder(folder)
+    df = df.assign(dataset=['<script>alert(1)</script>' if i % 2 else 'a | b' for i in range(len(df))],
+                   patient_id=df.lesion_id.str[-1])
+    return draw_manifest(df, folder, per_class=6, shares=(3, 1, 1, 1), folds=2, one_per_lesion=False), report
+
+
+@pytest.fixture(scope='module')
+def card_file(manifest, tmp_path_factory):
+    m, report = manifest
+    card = data_card(m, report, dict(purpose=EVIL, gaps='- one\n- ' + EVIL))
+    return card.save(tmp_path_factory.mktemp('c')/'card.html')
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('width', [1280, 390, 320])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_a_data_card_fits_its_window_and_asks_nobody(page, card_file, width, scheme):
+    asked, said = [], []
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('console', lambda m: said.append(m.text))
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size(dict(width=width, height=800))
+    page.goto(card_file.as_uri())
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert asked == [card_file.as_uri()] and said == []
+    assert page.title().startswith('Data card') and page.locator('script').count() == 0
+    assert page.locator('.plot svg').count() >= 2 and page.locator('[role=note]').bounding_box()['y'] < 800
+    assert page.evaluate(CONTRAST) == []
+
+
+@pytest.mark.browser
+def test_the_parts_of_a_data_card_can_be_reached(page, card_file):
+    page.emulate_media(reduced_motion='reduce')
+    page.goto(card_file.as_uri())
+    page.locator('.parts a', has_text='Roles and folds').click()
+    assert page.locator('h2', has_text='Roles and folds').bounding_box()['y'] < 900
+    ids = page.evaluate('[...document.querySelectorAll("[id]")].map(e => e.id)')
+    assert len(ids) == len(set(ids))
+
+
+def test_a_data_card_escapes_what_it_is_given(manifest, card_file):
+    m, report = manifest
+    soup = BeautifulSoup(card_file.read_text('utf-8'), 'html.parser')
+    assert not soup.find('script') and not soup.find('img')
+    assert EVIL in {p.get_text() for p in soup.find_all('p')} and EVIL in {o.get_text() for o in soup.find_all('li')}
+    md = data_card(m, report, dict(purpose=EVIL)).markdown()
+    assert '<script' not in md and 'a \\| b' in md
+    for block in re.findall(r'(?:^\|.*\n)+', md, re.M):
+        assert len({re.sub(r'\\\|', '', row).count('|') for row in block.splitlines()}) == 1, block
+
+
+def test_markdown_and_page_say_the_same(manifest):
+    m, report = manifest
+    card = data_card(m, report)
+    text = ' '.join(BeautifulSoup(card.html(), 'html.parser').get_text(' ').split())
+    for section in card.sections:
+        for piece in (p for e in section['entries'] for p in e['pieces']):
+            said = [piece[k] for k in ('text', 'caption') if k in piece] + list(piece.get('items', []))
+            said += [v for row in piece.get('rows', []) for v in row]
+            for words in said: assert ' '.join(words.split()) in text, words
+    assert all(f'`{k}`' in card.markdown() for k in card.open)
+
+
+def test_a_data_card_counts_patients_where_they_are_known(manifest):
+    m, _ = manifest
+    two = int((m.df.groupby('patient_id').role.nunique() > 1).sum())
+    words = f'{m.df.patient_id.nunique()} patients, of whom {two} have pictures in more than one role'
+    assert two > 0 and words in str(data_card(m))
+
+
+def test_lesions_that_nobody_knows_are_said_so(tmp_path):
+    for dx in ('nv', 'bkl', 'mel'):
+        (tmp_path/dx).mkdir()
+        for i in range(6): draw_phantom(dx, i, width=64, height=48).picture.save(tmp_path/dx/f'{i}.png')
+    df, report = read_folder(tmp_path)
+    md = str(data_card(draw_manifest(df, tmp_path, per_class=6, shares=(3, 1, 1, 1), folds=2), report))
+    assert '18 pictures have no lesion id' in md and 'it has no column age' in md and 'can leak' in md
+
+
+def test_identical_files_in_one_role_are_named():
+    base = dict(path=['a.jpg', 'b.jpg', 'c.jpg'], dx=['nv', 'nv', 'mel'], role='train', fold=-1)
+    df = pd.DataFrame(dict(image_id=list('abc'), lesion_id=list('112'), sha256=list('xxy'), **base))
+    md = str(data_card(Manifest(df, 'nowhere')))
+    assert '1 group of byte-identical files, all in one role: a = b.' in md and 'The manifest holds no recipe.' in md
+
+
+def test_the_committed_card_is_of_the_committed_manifest():
+    "What can be seen without the pictures: the tables, the hash, and that no question is open"
+    m = Manifest.load(STUDY, 'ham10000')
+    card = data_card(m)
+    written = CARD.read_text('utf-8')
+    assert m.hash in written and '*Not stated' not in written and card.open == []
+    for block in re.findall(r'(?:^\|.*\n)+', card.markdown(), re.M): assert block in written
+
+
+@pytest.mark.data
+def test_the_committed_card_is_what_the_generator_gives(real_data, tmp_path):
+    m = Manifest.load(STUDY, real_data/'ham10000')
+    check = check_folder(m.root, store=FactStore(tmp_path/'facts.sqlite'))
+    facts = read_facts(CARD.with_name('ham10000_facts.toml'))
+    made = data_card(m, check, facts, channel_stats(m)).markdown()
+    version = re.compile(r'Made by skin_gradcam \S+')      # a new version alone does not make the card wrong
+    assert version.sub('', CARD.read_text('utf-8')) == version.sub('', made)
