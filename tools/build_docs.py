@@ -203,7 +203,9 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}
 body {{ font-family: system-ui, sans-serif; line-height: 1.5; margin: 0 auto; max-width: 62rem; padding: 1rem; }}
-pre {{ overflow-x: auto; font-size: .85rem; }} a {{ color: #0b5ea8; }}</style></head>
+code {{ overflow-wrap: anywhere; }} pre {{ overflow-x: auto; font-size: .85rem; }} a {{ color: #0b5ea8; }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; }}
+td, th {{ border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: left; vertical-align: top; }}</style></head>
 <body><nav><a href="{home}">skin_gradcam</a> / {title}</nav><main>{body}</main></body></html>
 """
 
