@@ -12,11 +12,12 @@ from typing import Any
 import click
 
 # %% auto #0
-__all__ = ['data', 'reading', 'reader_options', 'fetch', 'check', 'audit', 'draw', 'card', 'read_facts']
+__all__ = ['data_commands', 'reading', 'reader_options', 'fetch_command', 'check_command', 'audit_command', 'draw_command',
+           'card_command', 'read_facts']
 
-# %% ../nbs/68_data_cli.ipynb #0f25b049
-@click.group()
-def data()->None:
+# %% ../nbs/68_data_cli.ipynb #fd2c97d6
+@click.group('data')
+def data_commands()->None:
     "Fetch, check and split a data set; no lesion ends up on two sides of a split."
 
 # %% ../nbs/68_data_cli.ipynb #4ce1f8fe
@@ -45,15 +46,15 @@ def reader_options(table:str|None=None, image:str|None=None, label:str|None=None
     if same_lesion: kw['same_lesion'] = same_lesion
     return kw
 
-# %% ../nbs/68_data_cli.ipynb #1dece090
-@data.command()
+# %% ../nbs/68_data_cli.ipynb #b287ca75
+@data_commands.command('fetch')
 @click.argument('source', type=click.Choice(['kaggle', 'isic', 'dataverse', 'masks', 'phantoms']))
 @click.option('--out', type=click.Path(file_okay=False), help='Folder to make.  [default: below the cache folder]')
 @click.option('--from', 'from_', type=click.Path(exists=True), help='dataverse, masks: the files that you downloaded.')
 @click.option('--metadata', type=click.Path(exists=True, dir_okay=False), help='isic: table with labels and lesions; dataverse: table that adds the column dataset.')
 @click.option('--limit', type=click.IntRange(1), help='isic: at most this many pictures.')
 @click.option('--again', is_flag=True, help='Fetch anew even if it is there.')
-def fetch(source:str, out:str|None, from_:str|None, metadata:str|None, limit:int|None, again:bool)->None:
+def fetch_command(source:str, out:str|None, from_:str|None, metadata:str|None, limit:int|None, again:bool)->None:
     """Bring a data set into a folder that every other command reads.
 
     Says licence and citation before the first byte, goes on where an earlier try stopped, and verifies what came.
@@ -61,13 +62,13 @@ def fetch(source:str, out:str|None, from_:str|None, metadata:str|None, limit:int
     from skin_gradcam import sources
     click.echo(sources.fetch(source, out, again, say=click.echo, files=from_, metadata=metadata, limit=limit))
 
-# %% ../nbs/68_data_cli.ipynb #ebda36a7
-@data.command()
+# %% ../nbs/68_data_cli.ipynb #995ca072
+@data_commands.command('check')
 @reading
 @click.option('--out', type=click.Path(file_okay=False), help='Folder for check.html, near_duplicates.csv and left_out.csv.')
 @click.option('--distance', type=click.IntRange(0, 64), default=2, show_default=True, help='Bits of the perceptual hash by which near duplicates may differ.')
 @click.option('--patient-distance', type=click.IntRange(0, 64), default=10, show_default=True, help='The same for equal diagnosis, age, sex and site.')
-def check(folder:str, out:str|None, distance:int, patient_distance:int, **options:Any)->None:
+def check_command(folder:str, out:str|None, distance:int, patient_distance:int, **options:Any)->None:
     """Look at every picture and mask: damaged, missing, copied, near copies, and who the patients are.
 
     Changes nothing. Near duplicates are listed for you to review; --same-lesion takes your list back.
@@ -78,21 +79,21 @@ def check(folder:str, out:str|None, distance:int, patient_distance:int, **option
     for title,table in found.tables.items(): click.echo(f'\n{title}\n{table.to_string()}')
     if out: click.echo(f'\n{save_check(found, out)}')
 
-# %% ../nbs/68_data_cli.ipynb #55ea139e
-@data.command()
+# %% ../nbs/68_data_cli.ipynb #1f9e6bda
+@data_commands.command('audit')
 @reading
 @click.option('--per-class', type=click.IntRange(2), default=550, show_default=True, help='Pictures of each class in one draw.')
 @click.option('--test', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=.2, show_default=True, help='Share of the test.')
 @click.option('--draws', type=click.IntRange(2), default=100, show_default=True, help='Random splits.')
-def audit(folder:str, per_class:int, test:float, draws:int, **options:Any)->None:
+def audit_command(folder:str, per_class:int, test:float, draws:int, **options:Any)->None:
     "Say what share of the test pictures a random split would have leaked into training."
     from skin_gradcam.data import leak_audit, read_folder
     df, _ = read_folder(folder, **reader_options(**options))
     click.echo('share of the test pictures whose lesion is in train too, over random splits by picture:')
     click.echo(leak_audit(df, per_class, test, draws).round(3).to_string())
 
-# %% ../nbs/68_data_cli.ipynb #94b8027f
-@data.command()
+# %% ../nbs/68_data_cli.ipynb #0430090a
+@data_commands.command('draw')
 @reading
 @click.option('--out', required=True, type=click.Path(dir_okay=False), help='Manifest to write (CSV).')
 @click.option('--per-class', type=click.IntRange(1), help='Lesions of each class.  [default: 550, or the smallest class if it has fewer]')
@@ -102,7 +103,7 @@ def audit(folder:str, per_class:int, test:float, draws:int, **options:Any)->None
 @click.option('--stratify', multiple=True, metavar='COLUMN', help='Spread this column evenly over roles and folds, such as dx_type.')
 @click.option('--seed', type=click.IntRange(0), default=0, show_default=True)
 @click.option('--overwrite', is_flag=True, help='Replace a manifest that is already there.')
-def draw(folder:str, out:str, per_class:int|None, all_lesions:bool, all_pictures:bool, folds:int, stratify:tuple[str, ...], seed:int,
+def draw_command(folder:str, out:str, per_class:int|None, all_lesions:bool, all_pictures:bool, folds:int, stratify:tuple[str, ...], seed:int,
          overwrite:bool, **options:Any)->None:
     "Draw train, valid, calibration and test by lesion, and freeze them in a file that verifies itself."
     from skin_gradcam.data import draw_manifest, read_folder
@@ -114,13 +115,13 @@ def draw(folder:str, out:str, per_class:int|None, all_lesions:bool, all_pictures
     click.echo(m)
     click.echo(m.save(out))
 
-# %% ../nbs/68_data_cli.ipynb #b938ad84
-@data.command()
+# %% ../nbs/68_data_cli.ipynb #93a5dddb
+@data_commands.command('card')
 @click.option('--manifest', required=True, type=click.Path(exists=True, dir_okay=False), help='Roles file.')
 @click.option('--data', 'folder', type=click.Path(exists=True, file_okay=False), help='Folder of the pictures; a check of it enters the card.')
 @click.option('--facts', type=click.Path(exists=True, dir_okay=False), help='TOML file with answers of yours: KEY = "text".')
 @click.option('--out', required=True, type=click.Path(dir_okay=False), help='File to write: .md or .html.')
-def card(manifest:str, folder:str|None, facts:str|None, out:str)->None:
+def card_command(manifest:str, folder:str|None, facts:str|None, out:str)->None:
     """Write the data card of a manifest: what the data are, who is in them, how they were split, and what is not known.
 
     Questions that nobody has answered stay visible in the card; answer them in a file and give it as --facts.
