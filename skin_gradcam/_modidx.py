@@ -86,7 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'skin_gradcam.cache._usable': ('cache.html#_usable', 'skin_gradcam/cache.py'),
                                     'skin_gradcam.cache._wider': ('cache.html#_wider', 'skin_gradcam/cache.py'),
                                     'skin_gradcam.cache.cached_squares': ('cache.html#cached_squares', 'skin_gradcam/cache.py'),
-                                    'skin_gradcam.cache.check_folder': ('cache.html#check_folder', 'skin_gradcam/cache.py'),
+                                    'skin_gradcam.cache.check_writable': ('cache.html#check_writable', 'skin_gradcam/cache.py'),
                                     'skin_gradcam.cache.decode_checked': ('cache.html#decode_checked', 'skin_gradcam/cache.py'),
                                     'skin_gradcam.cache.decode_squashed': ('cache.html#decode_squashed', 'skin_gradcam/cache.py'),
                                     'skin_gradcam.cache.decoder_version': ('cache.html#decoder_version', 'skin_gradcam/cache.py'),

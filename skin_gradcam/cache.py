@@ -21,7 +21,7 @@ from .pictures import Limits, PictureError, open_picture, read_path, squash
 
 # %% auto #0
 __all__ = ['CACHE_SCHEMA', 'MARK', 'FULL', 'CacheError', 'decode_squashed', 'decoder_version', 'squares_name', 'hash_pictures',
-           'decode_checked', 'footer_bytes', 'head_bytes', 'read_footer', 'Squares', 'reserve', 'check_folder',
+           'decode_checked', 'footer_bytes', 'head_bytes', 'read_footer', 'Squares', 'reserve', 'check_writable',
            'whole_file', 'write_squares', 'cached_squares', 'list_squares', 'prune_squares']
 
 # %% ../nbs/05_cache.ipynb #8c556dba
@@ -162,8 +162,8 @@ def reserve(f:BinaryIO, # a new file
 # %% ../nbs/05_cache.ipynb #0ecf944b
 _elsewhere = 'name another folder (SKIN_GRADCAM_CACHE moves the default)'
 
-def check_folder(folder:Path # of the caches; made if need be
-                )->None:
+def check_writable(folder:Path # of the caches; made if need be
+                  )->None:
     "Raise `OSError` for a folder in which nothing can be made"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def cached_squares(paths:Sequence[str|Path], # files of the pictures
     def square(k:str)->np.ndarray: return decode_checked(source[k][0], k, size, source[k][1])
     path = Path(folder if folder is not None else cache_folder('squares'))/squares_name(ids, size)
     if found := _usable(path, False) or _wider(path.parent, ids, size): return found
-    check_folder(path.parent)
+    check_writable(path.parent)
     with locked(path):
         if found := _usable(path, True): return found
         write_squares(path, square, sorted(source), size, threads)

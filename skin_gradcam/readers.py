@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Iterable, Mapping, Sequence
-import numpy as np, pandas as pd
+import pandas as pd
 from tqdm.auto import tqdm
 import skin_gradcam
 from .lesions import CLASSES
