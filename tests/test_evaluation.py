@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics as skm
 
 from skin_gradcam import evaluation as E
-from skin_gradcam.evaluation import evaluate, lesion_bootstrap, lesion_draws, softmax
+from skin_gradcam.evaluation import evaluate, lesion_bootstrap, lesion_draws, paired_difference, softmax
 
 
 def random_case(seed, n=120, classes=3, lesions=70, decimals=None):
@@ -53,6 +53,34 @@ def test_equal_to_sklearn(seed, decimals):
         point = E.operating_point(y, p, specificity=s)
         called = p[:, 2] >= point.threshold
         assert point.sensitivity == called[y == 2].mean() and np.isclose(point.specificity, (~called[y != 2]).mean())
+        np.testing.assert_allclose(E.specificity_at(y, p, one, sensitivity=s), 1 - fpr[tpr >= s - 1e-9].min())
+        for f in (E.sensitivity_at, E.specificity_at, E.auc_above_sensitivity): assert f(y, p) == f(y, p, one)[0]
+
+
+def isic_auc_sens_80(positive, score, weights=None, sensitivity=.8):
+    "As isic-challenge-scoring defines it: the part of the curve from the interpolated point on, by the trapezium rule"
+    fpr, tpr, _ = skm.roc_curve(positive, score, sample_weight=weights, drop_intermediate=False)
+    k = tpr.searchsorted(sensitivity)
+    start = np.interp(sensitivity, tpr[k - 1:k + 1], fpr[k - 1:k + 1])
+    return skm.auc(np.r_[start, fpr[k:]], np.r_[sensitivity, tpr[k:]])
+
+
+@pytest.mark.parametrize('seed', range(12))
+@pytest.mark.parametrize('decimals', [None, 1])
+def test_partial_area_is_the_isic_challenges(seed, decimals):
+    y, p, ids = random_case(seed, decimals=decimals)
+    w = lesion_draws(ids, 6, seed)
+    for s in (.5, .8, .95):
+        np.testing.assert_allclose(E.auc_above_sensitivity(y, p, sensitivity=s),
+                                   isic_auc_sens_80(y == 2, p[:, 2], sensitivity=s), rtol=1e-10)
+        found = E.auc_above_sensitivity(y, p, w, sensitivity=s)
+        np.testing.assert_allclose(found, [isic_auc_sens_80(y == 2, p[:, 2], d, s) for d in w], rtol=1e-10)
+    # the challenge of 2024 counts what lies above the line of 0.8; sklearn rescales that part with the roles swapped
+    fpr80 = 1 - E.specificity_at(y, p, sensitivity=.8) if decimals is None else None
+    if fpr80 is None: return
+    swapped = skm.roc_auc_score(y != 2, -p[:, 2], max_fpr=.2)
+    above = .5 * .2**2 + (.2 - .5 * .2**2) * (swapped - .5) / .5
+    assert abs(E.auc_above_sensitivity(y, p) - (above + .8 * (1 - fpr80))) < .02
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -63,7 +91,7 @@ def test_draws_equal_sklearn_on_the_repeated_pictures(seed):
     for d in w:
         r = np.repeat(np.arange(len(y)), d.astype(int))
         for f in (E.confusion, E.balanced_accuracy, E.macro_auroc, E.class_precision, E.ece, E.brier, E.log_loss,
-                  E.sensitivity_at):
+                  E.sensitivity_at, E.specificity_at, E.auc_above_sensitivity):
             np.testing.assert_allclose(f(y, p, d[None])[0], f(y[r], p[r]), rtol=1e-10, err_msg=f.__name__)
 
 
@@ -126,6 +154,38 @@ def test_order_of_rows_and_type_of_ids_do_not_matter():
     assert evaluate(y, p, pd.Series(names), n_boot=100)['ece'] == evaluate(y, p, names, n_boot=100)['ece']
 
 
+def test_paired_difference_equals_a_plain_loop():
+    y, pa, ids = random_case(4)
+    pb, pc = (softmax(np.eye(3)[y] + np.random.default_rng(s).normal(0, 1.3, pa.shape)) for s in (7, 8))
+    draws = []
+    for d in lesion_draws(ids, 150, 3):
+        r = np.repeat(np.arange(len(y)), d.astype(int))
+        a, b, c = (skm.balanced_accuracy_score(y[r], q[r].argmax(1)) for q in (pa, pb, pc))
+        draws.append(a - (b + c) / 2)
+    found = paired_difference(E.balanced_accuracy, y, pa, [pb, pc], ids, n=150, seed=3)
+    np.testing.assert_allclose([found.low, found.high], np.percentile(draws, [2.5, 97.5]))
+    back = paired_difference(E.balanced_accuracy, y, [pb, pc], pa, ids, n=150, seed=3)
+    np.testing.assert_allclose([back.value, back.low, back.high], [-found.value, -found.high, -found.low], atol=1e-12)
+    assert paired_difference(E.ece, y, pa, pa, ids, n=20).value == 0
+    recalls = paired_difference(E.class_recall, y, pa, pb, ids, n=20)
+    np.testing.assert_allclose([i.value for i in recalls], E.class_recall(y, pa) - E.class_recall(y, pb))
+
+
+def test_paired_intervals_hold_the_truth_and_are_shorter_than_unpaired():
+    rng, held, shorter = np.random.default_rng(1), 0, 0
+    for k in range(200):
+        hard = rng.random(120)
+        right = [hard < .8, np.where(rng.random(120) < .08, ~(hard < .8), hard < .8)]  # B flips one answer in twelve
+        truth = .8 - (.92 * .8 + .08 * .2)
+        y = np.zeros(120, int)
+        pa, pb = (np.where(r[:, None], [.9, .1], [.1, .9]) for r in right)
+        i = paired_difference(E.accuracy, y, pa, pb, range(120), n=300, seed=k)
+        a, b = (lesion_bootstrap(E.accuracy, y, q, range(120), n=300, seed=k) for q in (pa, pb))
+        held += i.low - 1e-9 <= truth <= i.high + 1e-9
+        shorter += i.high - i.low < np.hypot(a.high - a.low, b.high - b.low)
+    assert .89 <= held / 200 <= .99 and shorter / 200 > .95
+
+
 def test_class_missing_in_draws_is_counted_and_said():
     rng = np.random.default_rng(0)
     y = np.array([2] + [0] * 20 + [1] * 20)
@@ -135,7 +195,9 @@ def test_class_missing_in_draws_is_counted_and_said():
         ev = evaluate(y, p, range(41), n_boot=500)
     missing = ev['recall_mel'].undefined
     assert abs(missing / 500 - (40 / 41)**41) < .08
-    for k in ('balanced_accuracy', 'macro_auroc', 'auroc_mel', 'mel_sens_at_spec80'): assert ev[k].undefined == missing
+    at = ('mel_sens_at_spec80', 'mel_spec_at_sens90', 'mel_auc_sens80')
+    for k in ('balanced_accuracy', 'macro_auroc', 'auroc_mel', *at):
+        assert ev[k].undefined == missing
     assert ev['accuracy'].undefined == 0 and f'{missing} draws' in repr(ev) and f'{missing} draws' in ev._repr_html_()
 
 
@@ -183,6 +245,8 @@ def test_plots_leave_pyplot_alone():
     y, p, ids = random_case(0)
     history = pd.DataFrame(dict(epoch=[0, 1], train_loss=[1., np.nan], phase=['head', 'all']))
     figures = [E.plot_history(h) for h in (history, history[:1], history[['epoch']])]
+    sizes = pd.DataFrame(dict(n=[250, 100], value=[.8, .7], low=[.7, np.nan], high=[.9, np.nan]))
+    figures += [E.plot_roc(y, p), E.plot_roc(y[y < 2], p[y < 2]), E.plot_roc(y, p, 'abc'), E.plot_learning_curve(sizes)]
     for fig in (E.plot_confusion(np.array([[3, 0], [0, 0]]), ['a', 'b']), E.plot_reliability(y, p), *figures):
         fig.canvas.draw()
     assert plt.get_fignums() == before
