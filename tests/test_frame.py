@@ -29,7 +29,7 @@ def canonical(requirement: str) -> tuple[str, frozenset[str]]:
 
 def test_metadata_comes_from_settings(settings) -> None:
     "What pip knows of the package is what settings.ini says: after editing it, run pip install -e . again"
-    asked = {'': set(), 'dev': set(), 'scale': set()}
+    asked = {'': set(), 'dev': set(), 'scale': set(), 'tensorboard': set()}
     for r in distribution('skin_gradcam').requires:
         extra = re.search(r'extra == ["\'](\w+)["\']', r)
         asked[extra[1] if extra else ''].add(canonical(r))
@@ -53,7 +53,7 @@ def test_version() -> None:
 
 def test_requirements_have_caps(settings) -> None:
     "A next major version is not taken unseen: every requirement of the package has a lower and an upper limit"
-    for r in settings['requirements'] + settings['scale_requirements']:
+    for r in settings['requirements'] + settings['scale_requirements'] + settings['tensorboard_requirements']:
         assert '<' in r and '>=' in r, f'{r}: no cap'
 
 
