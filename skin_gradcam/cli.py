@@ -20,8 +20,8 @@ from .trials_cli import trial_commands
 from .lesions import CLASSES, DISCLAIMER
 
 # %% auto #0
-__all__ = ['DEMO_EPOCHS', 'DEMO_SIZE', 'Commands', 'main', 'load_recipe', 'train', 'unseen', 'evaluate_bundle', 'evaluate',
-           'explain', 'demo_recipe', 'peak_inside', 'run_demo', 'demo']
+__all__ = ['DEMO_EPOCHS', 'DEMO_SIZE', 'Commands', 'main', 'load_recipe', 'train', 'evaluate_bundle', 'evaluate',
+           'assess_command', 'explain', 'demo_recipe', 'peak_inside', 'run_demo', 'demo']
 
 # %% ../nbs/70_cli.ipynb #97a3f453
 class Commands(click.Group):
@@ -109,24 +109,16 @@ def _valid_line(ev:dict)->str:
     say = lambda k: f"{ev[k]['value']:.3f} (95 % {ev[k]['low']:.3f} to {ev[k]['high']:.3f})"
     return f"balanced accuracy {say('balanced_accuracy')}, macro AUROC {say('macro_auroc')}, {ev['n']} pictures of {ev['n_lesions']} lesions"
 
-# %% ../nbs/70_cli.ipynb #1603729e
+# %% ../nbs/70_cli.ipynb #79adbe6f
 def _run_page(run:Any, manifest:Any, role:str='valid', n:int=24)->Path:
     "The run's HTML report with explanations of the first `n` pictures of a role"
     from skin_gradcam.inference import Explainer
-    from skin_gradcam.reports import run_report
+    from skin_gradcam.run_reports import run_report
     df = manifest.role(role).groupby('dx', group_keys=False).head(-(-n//len(CLASSES)))
     ex = Explainer.load(run.bundle_path)
     return run_report(run, list(ex.explain_many(manifest.paths(df))), run.folder/'report.html')
 
-# %% ../nbs/70_cli.ipynb #ac4d349c
-def unseen(df:Any, # table with column `lesion_id`
-           seen:dict[str, list[str]] # role -> lesion ids, from the bundle
-          )->tuple[Any, dict[str, int]]: # rows of lesions never seen, and how many pictures of each role were left out
-    "Leave out every picture of a lesion that the bundle has seen"
-    dropped = {role: int(df.lesion_id.isin(ids).sum()) for role,ids in seen.items()}
-    return df[~df.lesion_id.isin({i for ids in seen.values() for i in ids})], dropped
-
-# %% ../nbs/70_cli.ipynb #9f831d85
+# %% ../nbs/70_cli.ipynb #473e41eb
 def evaluate_bundle(bundle:str|Path|None, # bundle folder; None takes the one that ships
                     data:str|Path, # folder of pictures with labels
                     manifest:str|Path|None=None, # roles file, to measure one role only
@@ -134,6 +126,7 @@ def evaluate_bundle(bundle:str|Path|None, # bundle folder; None takes the one th
                     n_boot:int=2000 # bootstrap draws of lesions
                    )->dict[str, Any]: # JSON-ready; raises `DataError` where nothing is left
     "Metrics of a bundle on labelled pictures whose lesions it has not seen"
+    from skin_gradcam.assessment import unseen
     from skin_gradcam.data import DataError, Manifest, read_folder
     from skin_gradcam.inference import Explainer
     ex = Explainer.load(bundle)
@@ -173,6 +166,36 @@ def evaluate(bundle:str|None, data:str, manifest:str|None, role:str|None, out:st
     text = json.dumps(evaluate_bundle(bundle, data, manifest, role, n_boot), indent=1)
     click.echo(text)
     if out: Path(out).write_text(text+'\n')
+
+# %% ../nbs/70_cli.ipynb #027641fb
+@main.command('assess')
+@click.option('--bundle', type=click.Path(exists=True, file_okay=False), help='Bundle folder; without it the model that ships.')
+@click.option('--data', required=True, type=click.Path(exists=True, file_okay=False), help='Folder of pictures with their labels.')
+@click.option('--manifest', type=click.Path(exists=True, dir_okay=False), help='Roles file of the data.')
+@click.option('--role', type=click.Choice(['train', 'valid', 'calibration', 'test']), help='Assess on this role only (needs --manifest).')
+@click.option('--masks', type=click.Path(exists=True, file_okay=False), help='Folder of lesion masks, for the floors.')
+@click.option('--stress', default='30', show_default=True, help='Pictures to corrupt: a number, "all" or "none".')
+@click.option('--prevalence', default=.05, show_default=True, type=click.FloatRange(0, 1, min_open=True, max_open=True), help='Share of melanoma where the model would be used.')
+@click.option('--out', default='assessment', show_default=True, type=click.Path(file_okay=False), help='Folder for assessment.json and assessment.html.')
+def assess_command(bundle:str|None, data:str, manifest:str|None, role:str|None, masks:str|None, stress:str, prevalence:float, out:str)->None:
+    "Say all that labelled pictures can say about a bundle: figures, calibration, strata, corruptions, floors, mistakes."
+    from skin_gradcam.assessment import assess, assessment_lines
+    from skin_gradcam.data import Manifest
+    from skin_gradcam.inference import Explainer
+    from skin_gradcam.run_reports import assessment_report, explain_losses
+    if role and not manifest: raise click.UsageError('--role needs --manifest, the file that says which picture has which role')
+    n, ex = _how_many('--stress', stress), Explainer.load(bundle)
+    a = assess(ex, Manifest.load(manifest, data) if manifest else data, role, masks, stress=True if n is None else n, prevalence=prevalence)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    a.save(Path(out)/'assessment.json')
+    page = assessment_report(a, Path(out)/'assessment.html', explain_losses(a, ex, data))
+    for line in [*assessment_lines(a), Path(out)/'assessment.json', page, DISCLAIMER]: click.echo(line)
+
+def _how_many(option:str, said:str)->int|None: # None for all
+    "A number of pictures, `all` or `none`"
+    if said in ('all', 'none'): return None if said=='all' else 0
+    if said.isdigit(): return int(said)
+    raise click.UsageError(f'{option} {said!r}: give a number of 0 or more, "all" or "none"')
 
 # %% ../nbs/70_cli.ipynb #ab77c8e2
 @main.command()

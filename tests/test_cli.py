@@ -106,3 +106,34 @@ def test_train_keeps_an_older_run(run, phantoms):
     code, _, err = call("train", "--data", phantoms, "--out", run, "--per-class", 12)
     assert code == 2 and "overwrite" in err
     assert (run / "bundle" / "bundle.json").exists()
+
+
+def test_assess_writes_json_and_page(run, phantoms, tmp_path):
+    args = ["--data", phantoms, "--stress", "3", "--out", tmp_path / "a"]
+    code, out, err = call("assess", "--bundle", run / "bundle", *args)
+    assert code == 0, err
+    told = json.loads((tmp_path / "a" / "assessment.json").read_text())
+    table = pd.read_csv(run / "manifest.csv", comment="#")
+    assert told["evaluation"]["n"] == int((table.role == "test").sum())
+    assert "balanced accuracy" in out and (tmp_path / "a" / "assessment.html").stat().st_size > 10_000
+
+
+def test_assess_bad_options(phantoms, tmp_path):
+    code, _, err = call("assess", "--data", phantoms, "--role", "test")
+    assert code == 2 and "--role needs --manifest" in err
+    code, _, err = call("assess", "--data", phantoms, "--stress", "many", "--out", tmp_path / "a")
+    assert code == 2 and "--stress 'many'" in err
+
+
+def test_train_resumes(phantoms, tmp_path):
+    "A finished run is opened; another recipe in its place is refused"
+    recipe = dict(arch="resnet18", pretrained=False, size=48, epochs=1, freeze_epochs=0, bs=6)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    args = ["--data", phantoms, "--out", tmp_path / "run", "--recipe", tmp_path / "recipe.json", "--per-class", 12]
+    assert call("train", *args, "--resume")[0] == 0
+    code, out, err = call("train", *args, "--resume")
+    assert code == 0 and "balanced accuracy" in out, err
+    code, _, err = call("train", *args, "--resume", "--epochs", 2)
+    assert code == 2 and "another epochs" in err and "Traceback" not in err
+    code, out, _ = call("runs", "ls", tmp_path)
+    assert code == 0 and "finished" in out

@@ -1,9 +1,9 @@
 "Reports in a real browser, and what has no place on their page"
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,16 +11,16 @@ import pytest
 from bs4 import BeautifulSoup
 from test_inference import numpy_backend, tiny_bundle
 
+from skin_gradcam.assessment import assess
 from skin_gradcam.checks import FactStore, check_folder
 from skin_gradcam.data import Manifest, draw_manifest
 from skin_gradcam.data_cli import read_facts
-from skin_gradcam.evaluation import evaluate, softmax
 from skin_gradcam.inference import Explainer, Unreadable
 from skin_gradcam.lesions import DISCLAIMER
 from skin_gradcam.overview import channel_stats
 from skin_gradcam.phantoms import draw_phantom, write_phantoms
 from skin_gradcam.readers import read_folder
-from skin_gradcam.reports import ReportWriter, data_card, html_report, model_card, run_report
+from skin_gradcam.reports import ReportWriter, data_card, html_report, model_card
 
 EVIL = '<script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x.jpg'
 
@@ -39,21 +39,28 @@ def answers(explainer):
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "What a report needs of a run"
-    y = np.repeat(np.arange(3), 55)
-    p = softmax(np.random.default_rng(0).normal(size=(165, 3)) + 2.2*np.eye(3)[y])
-    ev = evaluate(y, p, np.arange(165), n_boot=200).to_dict()
-    history = pd.DataFrame(dict(epoch=range(4), train_loss=[1., .8, .6, .5], valid_loss=[.9, .8, .7, .72],
-                                balanced_accuracy=[.6, .7, .75, .76]))
-    return SimpleNamespace(folder=tmp_path_factory.mktemp('run')/'first <run>', history=history, metrics=dict(valid=ev),
-                           recipe=dict(arch='none', lr=6e-4, augment=dict(flip=True)), status='finished',
-                           manifest=SimpleNamespace(hash='ab'*32))
+def assessed(explainer, tmp_path_factory):
+    "Phantoms with a column and a name that try to break the page"
+    folder = write_phantoms(tmp_path_factory.mktemp('a')/'a | <b>', per_class=12, width=96, height=72)
+    df, _ = read_folder(folder)
+    df = df.assign(dataset=['<script>alert(1)</script>' if i % 2 else 'a | b' for i in range(len(df))])
+    m = draw_manifest(df, folder, per_class=12, shares=(3, 1, 1, 1), folds=2)
+    return assess(explainer, m, masks=folder, stress=6, n_boot=100, progress=False)
 
 
 @pytest.fixture(scope='module')
-def page_file(run, answers, tmp_path_factory):
-    return run_report(run, answers, tmp_path_factory.mktemp('report')/'run.html')
+def study():
+    v = dict(value=.75, low=.7, high=.8)
+    row = dict(trial='a | b', arch='none', megabytes=1.5, seeds=3, per_class=None, balanced_accuracy=v, macro_auroc=v,
+               ece=v)
+    board = [row, row | dict(outside=True)]
+    return dict(manifest='cd'*32, n=1320, chosen='a | b', why='a | b <i>it is</i>.', board=board)
+
+
+@pytest.fixture(scope='module')
+def page_file(answers, tmp_path_factory):
+    facts = {'set': 'first <run>'}
+    return html_report(answers, tmp_path_factory.mktemp('report')/'report.html', 'Phantoms', facts)
 
 
 @pytest.mark.browser
@@ -152,17 +159,41 @@ def test_a_failing_report_leaves_the_one_before(tmp_path, answers):
     assert f.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['r.html']
 
 
-def test_a_run_without_history_or_metrics_yet(tmp_path, run):
-    young = SimpleNamespace(**{**vars(run), 'history': run.history[:0], 'metrics': None, 'status': 'running'})
-    text = run_report(young, [], tmp_path/'r.html').read_text('utf-8')
-    assert 'running' in text and '<svg' not in text
-
-
 def test_model_card_is_plain_markdown(explainer):
     md = model_card(explainer.bundle)
     assert md.startswith('# Model card: tiny') and DISCLAIMER in md and not re.search(r'\bnan\b', md)
     for block in re.findall(r'(?:^\|.*\n)+', md, re.M):
         assert len({row.count('|') for row in block.splitlines()}) == 1, block
+
+
+def test_a_full_model_card_is_plain_markdown(explainer, assessed, study):
+    md = model_card(explainer.bundle, assessed, study)
+    assert '<script' not in md and not re.search(r'\bnan\b|None|undefined', md)
+    for block in re.findall(r'(?:^\|.*\n)+', md, re.M):
+        assert len({re.sub(r'\\\|', '', row).count('|') for row in block.splitlines()}) == 1, block
+    heads = re.findall(r'^## (.*)', md, re.M)
+    assert heads == ['What it is for', 'What it was trained on', 'How well it does', 'How it was chosen',
+                     'How to get it again', 'Licence', 'Limits', 'Files']
+
+
+def test_every_number_of_the_card_comes_from_its_sources(explainer, assessed, study):
+    "Other figures in the JSON, other figures on the card; the words around them stay"
+    other = json.loads(json.dumps(assessed), parse_float=lambda s: float(s)/2)
+    other['bundle'] = assessed['bundle']
+    one, two = (re.sub(r'-?\d+(\.\d+)?', '#', model_card(explainer.bundle, a, study)) for a in (assessed, other))
+    drop = re.compile(r'weakest in .*|costs most.*')        # which one is worst may change
+    assert [drop.sub('', s) for s in one.splitlines()] == [drop.sub('', s) for s in two.splitlines()]
+    shown = set(re.findall(r'\d+\.\d{3}', model_card(explainer.bundle, other, study)))
+    assert f"{other['evaluation']['brier']['value']:.3f}" in shown
+    assert f"{assessed['evaluation']['brier']['value']:.3f}" not in shown
+
+
+def test_the_tool_that_ships_can_still_cut_its_card(explainer):
+    "tools/ship_model.py takes out the row with the hash and adds a limit before the files"
+    md = model_card(explainer.bundle)
+    row = f'| bundle | `{explainer.bundle.hash}` |\n'
+    before, after = md.replace(row, '').split('\n## Files')
+    assert row in md and before.rstrip().splitlines()[-1].startswith('- ') and after.count('## ') == 0
 
 
 def test_import_is_light():
