@@ -46,14 +46,14 @@ def decode_all(paths:Sequence[str|Path],
                threads:int|None=None # None for as many as there are processors
               )->Tensor: # `uint8 [N,3,size,size]`; raises `PictureError` that names the first picture that fails
     "Decode and squash many pictures, in threads"
-    out = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
-    def put(i:int)->None: out[i] = torch.from_numpy(decode_squashed(paths[i], size, names[i] if names else None).copy())
+    out = np.empty((len(paths), 3, size, size), np.uint8)   # the threads may not write into a tensor of inference mode
+    def put(i:int)->None: out[i] = decode_squashed(paths[i], size, names[i] if names else None)
     pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
     try:
         with tqdm(total=len(paths), desc='decoding', unit='picture', delay=2, leave=False) as bar:
             for _ in pool.map(put, range(len(paths))): bar.update()
     finally: pool.shutdown(cancel_futures=True)
-    return out
+    return torch.from_numpy(out)
 
 # %% ../nbs/14_loaders.ipynb #56c13646
 class Batch(list):

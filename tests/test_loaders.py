@@ -145,6 +145,13 @@ def test_cache_or_not(manifest):
     assert torch.equal(a.__getitems__([1, 3]).x, b.__getitems__([1, 3]).x)
 
 
+def test_decoding_each_time_under_inference_mode(manifest):
+    "The decoding threads are not in the caller's mode: they must not write into a tensor of it"
+    with torch.inference_mode(): x, _ = next(iter(L.role_loader(manifest, 'valid', 32, HALF, HALF, cache=None)))
+    y, _ = next(iter(L.role_loader(manifest, 'valid', 32, HALF, HALF)))
+    assert torch.equal(x, y)
+
+
 def test_same_pixels_as_inference(manifest):
     df = manifest.role('valid')
     ds = LesionDataset(df, manifest.root, 96, mean=(.4, .5, .6), std=(.2, .3, .4))
