@@ -1,7 +1,7 @@
 """Our maps against captum, torchcam and pytorch-grad-cam: equal where these are right, their faults shown where not.
 
 The negative controls matter as much as the comparisons: they show that a test of this kind can fail, and why the room
-does what it does. Random weights, small pictures, nothing is downloaded.
+does what it does. Random weights, small pictures, nothing is downloaded. What is tested where: test_gradcam.py says.
 """
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import vgg
 
-from skin_gradcam.gradcam import closed_form, completeness_gap, find_layer, gradcam, gradient_is_flat, record
+from skin_gradcam.gradcam import (
+    closed_form,
+    completeness_gap,
+    eigencam_map,
+    find_layer,
+    gradcam,
+    gradient_is_flat,
+    record,
+    smoothed,
+    xgradcam_map,
+)
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings('ignore')]
 captum_attr = pytest.importorskip('captum.attr', reason="captum is not installed: pip install -e '.[dev]'")
@@ -26,7 +37,10 @@ CLASSES = [3, 0]
 # where the pooling gets its input; whether the whole head is pooling and one linear layer; whether anything works in
 # place behind the layer (then only captum is a peer)
 NETS = dict(resnet18=('layer4', True, False), vgg11=('features', False, False), densenet121=('features', False, True),
-            tf_efficientnet_lite0=('bn2', True, False), mobilenet_v3_small=('features', False, False))
+            tf_efficientnet_lite0=('bn2', True, False), mobilenet_v3_small=('features', False, False),
+            resnet50=('layer4', True, False), efficientnet_b0=('bn2', True, False), swin_t=('permute', True, False),
+            convnext_atto=('norm_pre', False, False), regnet_y_400mf=('trunk_output', True, False))
+TIMM = {'tf_efficientnet_lite0', 'efficientnet_b0', 'convnext_atto'}
 
 
 def small_vgg() -> nn.Module:
@@ -41,7 +55,7 @@ def small_vgg() -> nn.Module:
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name.startswith('tf_'): return timm.create_model(name, num_classes=7).eval()
+    if name in TIMM: return timm.create_model(name, num_classes=7).eval()
     if name == 'vgg11': return small_vgg().eval()
     return torchvision.models.get_model(name, weights=None, num_classes=7).eval()
 
@@ -55,7 +69,7 @@ def one_thread():
 
 
 @pytest.fixture(scope='module')
-def x() -> torch.Tensor: return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+def x() -> torch.Tensor: return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope='module', params=NETS)
@@ -75,8 +89,8 @@ def by_captum_hires(model, x, layer, classes) -> torch.Tensor:
     return method.attribute(x, torch.tensor(classes)).sum(1).detach()
 
 
-def by_torchcam(model, x, layer, classes) -> torch.Tensor:
-    with torchcam_methods.GradCAM(model, layer) as cam:
+def by_torchcam(model, x, layer, classes, method='GradCAM', **kw) -> torch.Tensor:
+    with getattr(torchcam_methods, method)(model, layer, **kw) as cam:
         return cam(list(classes), model(x), normalized=False)[0].detach()
 
 
@@ -130,7 +144,7 @@ def test_pooling_and_a_linear_layer_make_them_one(case, x):
     rec, last = record(model, x), [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     maps = gradcam(model, x, 'all')
     flat = gradient_is_flat(rec)
-    assert flat == (name not in ('vgg11', 'densenet121'))
+    assert flat == (name not in ('vgg11', 'densenet121'))     # also with an MLP or a norm behind the pooling
     assert (rel(maps, gradcam(model, x, 'all', 'hirescam')) < 2e-6) == flat
     if NETS[name][1]:
         assert rel(maps, closed_form(last.weight.detach(), rec.features[0])) < 2e-6
@@ -212,6 +226,139 @@ def test_what_they_leave_behind(x):
 def test_channels_last_is_no_map_of_768_columns(x):
     torch.manual_seed(0)
     model = torchvision.models.swin_t(weights=None, num_classes=7).eval()
-    assert gradcam(model, x, CLASSES, layer='features').shape == (2, 3, 3)
-    assert by_captum(model, x, 'features', CLASSES).shape == (2, 3, 768)
-    assert by_torchcam(model, x, 'features', CLASSES).shape == (2, 3, 768)
+    assert gradcam(model, x, CLASSES, layer='features').shape == (2, 2, 2)
+    assert by_captum(model, x, 'features', CLASSES).shape == (2, 2, 768)
+    assert by_torchcam(model, x, 'features', CLASSES).shape == (2, 2, 768)
+
+
+# ---------------------------------------------------------------- the family
+
+
+def gap_net(scale: float = 1., seed: int = 0) -> nn.Module:
+    "No interpolation anywhere: the map is as large as the picture"
+    torch.manual_seed(seed)
+    body = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU()
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)).eval()
+    net[-1].weight.data *= scale
+    return net
+
+
+@pytest.fixture(scope='module')
+def small() -> torch.Tensor: return torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(('ours', 'theirs'), [('layercam', 'LayerCAM'), ('xgradcam', 'XGradCAM')])
+def test_layercam_and_xgradcam_equal_both_peers(case, x, ours, theirs):
+    name, model, layer = case
+    raw = gradcam(model, x, CLASSES, ours)
+    by = by_pgc(model, x, layer, CLASSES, theirs), by_torchcam(model, x, layer, CLASSES, theirs)
+    if NETS[name][2] and ours == 'xgradcam': assert rel(by[0], raw) > .05 and rel(by[1], raw.relu()) > .05   # in place
+    elif ours == 'layercam' or not (record(model, x).features[0] < 0).any():
+        assert rel(raw, by[0]) < 1e-5 and rel(raw.relu(), by[1]) < 1e-5
+    total = gradcam(model, x, CLASSES, 'hirescam').sum((1, 2))
+    if ours == 'xgradcam': assert ((raw.sum((1, 2)) - total).abs() / raw.abs().sum((1, 2))).max() < 1e-4
+
+
+def test_xgradcam_of_a_channel_that_sums_to_nothing():
+    "Their small constant makes its weight ten million; ours takes no part"
+    f, g = torch.tensor([[[[1., -1]], [[2, 2]]]]), torch.tensor([[[[1., 0]], [[.5, .5]]]])
+    assert torch.equal(xgradcam_map(f, g), torch.tensor([[[1., 1]]]))
+    w = pgc.XGradCAM.get_cam_weights(None, None, None, None, f.numpy(), g.numpy())
+    assert w[0, 0] > 1e6 and abs(w[0, 1] - .5) < 1e-6
+
+
+def test_gradcampp_equals_pgc_where_its_constant_does_not_matter(small):
+    "Its 1e-6 is added to squared gradients: where these are of the order of 1 it is harmless, of 1e-4 it is not"
+    net = gap_net(144.)                                              # 12x12 cells: gradients of order 1
+    ours, theirs = gradcam(net, small, CLASSES, 'gradcam++', '3'), by_pgc(net, small, '3', CLASSES, 'GradCAMPlusPlus')
+    assert rel(theirs, ours) < 1e-4
+    net = gap_net()                                                  # gradients of order 1/144
+    ours, theirs = gradcam(net, small, CLASSES, 'gradcam++', '3'), by_pgc(net, small, '3', CLASSES, 'GradCAMPlusPlus')
+    assert rel(theirs, ours) > 1e-3
+    model, pictures = make('resnet18'), torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    ours = gradcam(model, pictures, CLASSES, 'gradcam++')
+    assert rel(by_pgc(model, pictures, 'layer4', CLASSES, 'GradCAMPlusPlus'), ours) > .01
+
+
+def test_gradcampp_of_torchcam_forgets_its_division(small):
+    "It divides a copy of the coefficients, so their weights are sums of g^3 instead of g/(2+Sg)"
+    net = gap_net(144.)
+    f = record(net, small, '3').features[0]
+    g = (net[-1].weight.detach()[CLASSES] / 144).relu()
+    theirs = by_torchcam(net, small, '3', CLASSES, 'GradCAMpp')
+    assert rel(theirs, torch.einsum('bk,bkhw->bhw', 144 * g**3, f)) < 1e-5
+    assert rel(theirs, gradcam(net, small, CLASSES, 'gradcam++', '3')) > .1
+
+
+def test_eigencam_equals_pgc_on_centred_features(small):
+    "Which subtracts the mean of each channel, and leaves the sign to chance"
+    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
+    f = record(gap_net(), small, '3').features[0]
+    centred = f - f.mean((2, 3), keepdim=True)
+    for ours, theirs in zip(eigencam_map(centred), torch.from_numpy(get_2d_projection(f.numpy())), strict=True):
+        assert min(rel(ours, theirs), rel(-ours, theirs)) < 1e-4
+    assert rel(eigencam_map(f), eigencam_map(centred)) > .1
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_scorecam_equals_both_peers_where_nothing_is_interpolated(small, seed):
+    net = gap_net(8., seed)
+    ours = gradcam(net, small, CLASSES, 'scorecam', '3')
+    assert rel(ours, by_torchcam(net, small, '3', CLASSES, 'ScoreCAM')) < 1e-4
+    targets = [pgc.utils.model_targets.ClassifierOutputTarget(c) for c in CLASSES]
+    with pgc.ScoreCAM(net, [net[3]]) as cam:
+        f = record(net, small, '3').features[0]
+        weights = torch.from_numpy(cam.get_cam_weights(small, net[3], targets, f.numpy(), None))
+    assert rel(ours, torch.einsum('bk,bkhw->bhw', weights, f)) < 1e-4
+
+
+def test_ablationcam_equals_pgc_times_the_logit(small):
+    "Whose division by the logit turns the map around where that is negative"
+    net = gap_net(4.)
+    net[-1].bias.data = torch.tensor([3., 0, 0, -3])
+    classes = [0, 3]
+    logits = net(small)[range(2), classes].detach()
+    assert logits[0] > 0 > logits[1]
+    targets = [pgc.utils.model_targets.ClassifierOutputTarget(c) for c in classes]
+    with pgc.AblationCAM(net, [net[3]]) as cam:
+        f = record(net, small, '3').features[0]
+        weights = torch.from_numpy(cam.get_cam_weights(small, net[3], targets, f.numpy(), None))
+    ours = gradcam(net, small, classes, 'ablationcam', '3')
+    assert rel(ours, torch.einsum('bk,bkhw->bhw', weights * logits[:, None], f)) < 1e-4
+
+
+def test_finercam_equals_torchcam(case, x):
+    name, model, layer = case
+    with torchcam_methods.FinerCAM(model, layer) as cam: theirs = cam(CLASSES, model(x), normalized=False)[0].detach()
+    ours = gradcam(model, x, CLASSES, 'finercam').relu()
+    assert rel(theirs, ours) > .05 if NETS[name][2] else rel(ours, theirs) < 1e-5
+
+
+def test_legrad_equals_torchcam():
+    "The same transformer in both libraries"
+    torch.manual_seed(0)
+    theirs = torchvision.models.VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=4).eval()
+    for p in theirs.parameters(): p.data = torch.randn_like(p) * .2
+    small = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, mlp_ratio=2, num_classes=4)
+    ours = VisionTransformer(**small).eval()
+    state = {'cls_token': theirs.class_token, 'pos_embed': theirs.encoder.pos_embedding}
+    for a, b in {'conv_proj': 'patch_embed.proj', 'encoder.ln': 'norm', 'heads.head': 'head'}.items():
+        for kind in ('weight', 'bias'): state[f'{b}.{kind}'] = theirs.get_parameter(f'{a}.{kind}')
+    pairs = {'ln_1.': 'norm1.', 'ln_2.': 'norm2.', 'self_attention.in_proj_': 'attn.qkv.', 'mlp.0.': 'mlp.fc1.',
+             'self_attention.out_proj.': 'attn.proj.', 'mlp.3.': 'mlp.fc2.'}
+    for i in range(3):
+        for a, b in pairs.items():
+            for kind in ('weight', 'bias'):
+                state[f'blocks.{i}.{b}{kind}'] = theirs.get_parameter(f'encoder.layers.encoder_layer_{i}.{a}{kind}')
+    ours.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    assert rel(ours(x).detach(), theirs(x).detach()) < 1e-5
+    with torchcam_methods.LeGrad(theirs, list(theirs.encoder.layers)) as cam:
+        expected = cam(CLASSES, theirs(x), normalized=False)[0].detach()
+    assert rel(gradcam(ours, x, CLASSES, 'legrad'), expected) < 1e-5
+
+
+def test_smoothed_flips_equal_the_mean_of_captums_maps(x):
+    model = make('resnet18')
+    maps = [by_captum(model, x.flip(d), 'layer4', CLASSES).flip([i - 1 for i in d]) for d in ([], [2], [3], [2, 3])]
+    assert rel(smoothed(model, x, CLASSES), torch.stack(maps).mean(0)) < 1e-5
