@@ -1568,6 +1568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'skin_gradcam.training.plain_loader': ('training.html#plain_loader', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training.plot_lr': ('training.html#plot_lr', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training.predict_logits': ('training.html#predict_logits', 'skin_gradcam/training.py'),
+                                       'skin_gradcam.training.ready_learner': ('training.html#ready_learner', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training.recipe_from': ('training.html#recipe_from', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training.restore': ('training.html#restore', 'skin_gradcam/training.py'),
                                        'skin_gradcam.training.round_half': ('training.html#round_half', 'skin_gradcam/training.py'),

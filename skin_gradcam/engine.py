@@ -86,7 +86,7 @@ def _run(model, x):
 def _tidy(modules, call, hooks, mode):
     "Hooks away, training flags and grad mode back"
     for m,hook in hooks:
-        for k in [k for k,h in m._forward_hooks.items() if h is hook]: m._forward_hooks.pop(k, None)
+        for k in [k for k,h in list(m._forward_hooks.items()) if h is hook]: m._forward_hooks.pop(k, None)
     _release(modules, call)
     torch.set_grad_enabled(mode)
 

@@ -38,8 +38,8 @@ __all__ = ['MONITORS', 'HISTORY', 'M', 'BARS', 'RecipeError', 'Recipe', 'check_r
            'start_from', 'make_learner', 'size_loaders', 'epoch_sizes', 'training_loss', 'step_callbacks', 'find_lr',
            'plot_lr', 'RunRecorder', 'training_tensors', 'training_counters', 'set_phase', 'restore', 'round_half',
            'predict_logits', 'turned', 'calibrate', 'plain_loader', 'bundle_info', 'phases', 'fit', 'sparkline',
-           'LiveHistory', 'in_notebook', 'epoch_line', 'TensorBoardLog', 'train', 'train_weights', 'open_run',
-           'same_run', 'go_on', 'run_phases', 'finish', 'same_weights']
+           'LiveHistory', 'in_notebook', 'epoch_line', 'TensorBoardLog', 'train', 'ready_learner', 'train_weights',
+           'open_run', 'same_run', 'go_on', 'run_phases', 'finish', 'same_weights']
 
 # %% ../nbs/26_training.ipynb #f4f9ccb2
 class RecipeError(ValueError):
@@ -417,7 +417,7 @@ class TensorBoardLog(Callback):
             for k,v in row.items():
                 if isinstance(v, float) and np.isfinite(v): w.add_scalar(k, v, row['epoch'])
 
-# %% ../nbs/26_training.ipynb #0e1d2d3c
+# %% ../nbs/26_training.ipynb #9555e0e9
 def train(recipe:Recipe, # every decision
           manifest:Manifest, # with roles `train`, `valid` and, for the temperature, `calibration`
           out:str|Path, # run folder to make
@@ -429,20 +429,26 @@ def train(recipe:Recipe, # every decision
           tensorboard:bool=False # also log to `out/tensorboard`
          )->Run: # finished, with `metrics` and a bundle; raises `DataError`, `ModelError`, `RecipeError`, `CheckpointError`
     "Fine-tune, calibrate, measure on the validation role and write the bundle"
+    if resume and (Path(out)/'run.json').exists() and Run.open(out).status=='finished':
+        with open_run(recipe, manifest, out, resume=True) as run: run.finish()
+        return run
+    learn = ready_learner(recipe, manifest, cache)
     with open_run(recipe, manifest, out, overwrite, resume, keep_last) as run:
-        if run.status=='finished':
-            run.finish()
-            return run
-        model = train_weights(recipe, manifest, run, progress, cache, tensorboard)
+        model = train_weights(learn, recipe, run, progress, tensorboard)
         return finish(run, recipe, manifest, round_half(model), cache)
 
-def train_weights(recipe:Recipe, manifest:Manifest, run:Run, # just created, or stopped anywhere
-                  progress:bool=True, cache:str|Path|Squares|None='memory', tensorboard:bool=False # as for `train`
+def ready_learner(recipe:Recipe, manifest:Manifest, cache:str|Path|Squares|None='memory' # as for `train`
+                 )->Learner: # whatever is wrong with recipe or pictures comes out here, before a folder is made
+    "A learner with a `RunRecorder`, for `train_weights`"
+    keep_memory()
+    return make_learner(recipe, manifest, [RunRecorder()], cache)
+
+def train_weights(learn:Learner, # of `ready_learner`
+                  recipe:Recipe, run:Run, # just created, or stopped anywhere
+                  progress:bool=True, tensorboard:bool=False # as for `train`
                  )->LesionNet: # the weights that the recipe ships, not yet rounded
     "The part of `train` that takes long: all epochs from where the run stands"
-    keep_memory()
-    recorder = RunRecorder()
-    learn = make_learner(recipe, manifest, [recorder], cache)
+    recorder = learn.run_recorder
     recorder.store = run
     go_on(learn, run, recorder)
     run_phases(learn, recipe, recorder, progress, [TensorBoardLog(recorder, run.folder/'tensorboard')] if tensorboard else [])
