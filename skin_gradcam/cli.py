@@ -126,16 +126,13 @@ def evaluate_bundle(bundle:str|Path|None, # bundle folder; None takes the one th
                     n_boot:int=2000 # bootstrap draws of lesions
                    )->dict[str, Any]: # JSON-ready; raises `DataError` where nothing is left
     "Metrics of a bundle on labelled pictures whose lesions it has not seen"
-    from skin_gradcam.assessment import unseen
-    from skin_gradcam.data import DataError, Manifest, read_folder
+    from skin_gradcam.assessment import labelled
+    from skin_gradcam.data import Manifest
     from skin_gradcam.inference import Explainer
     ex = Explainer.load(bundle)
-    m = Manifest.load(manifest, data) if manifest else None
-    df = read_folder(data)[0] if m is None else m.role(role) if role else m.df
-    df, dropped = unseen(df, ex.bundle.info.seen_lesions)
-    if not len(df): raise DataError(f'{data}: every picture shows a lesion that the bundle has seen ({dropped}); give others')
-    answers = list(ex.explain_many([Path(data)/p for p in df.path], keep_side=0))
-    return _evaluation(ex, df, answers, n_boot) | dict(dropped=dropped, data=Path(data).name, role=role)
+    pics = labelled(Manifest.load(manifest, data) if manifest else data, role, ex.bundle.info.seen_lesions)
+    answers = list(ex.explain_many([pics.root/p for p in pics.df.path], keep_side=0))
+    return _evaluation(ex, pics.df, answers, n_boot) | dict(dropped=pics.about['dropped'], data=Path(data).name, role=role)
 
 # %% ../nbs/70_cli.ipynb #58697190
 def _evaluation(ex:Any, df:Any, answers:list[Any], n_boot:int)->dict[str, Any]:
@@ -184,18 +181,19 @@ def assess_command(bundle:str|None, data:str, manifest:str|None, role:str|None, 
     from skin_gradcam.inference import Explainer
     from skin_gradcam.run_reports import assessment_report, explain_losses
     if role and not manifest: raise click.UsageError('--role needs --manifest, the file that says which picture has which role')
-    n, ex = _how_many('--stress', stress), Explainer.load(bundle)
+    n, ex = _how_many('--stress', stress, all=None, none=0), Explainer.load(bundle)
     a = assess(ex, Manifest.load(manifest, data) if manifest else data, role, masks, stress=True if n is None else n, prevalence=prevalence)
     Path(out).mkdir(parents=True, exist_ok=True)
     a.save(Path(out)/'assessment.json')
     page = assessment_report(a, Path(out)/'assessment.html', explain_losses(a, ex, data))
     for line in [*assessment_lines(a), Path(out)/'assessment.json', page, DISCLAIMER]: click.echo(line)
 
-def _how_many(option:str, said:str)->int|None: # None for all
-    "A number of pictures, `all` or `none`"
-    if said in ('all', 'none'): return None if said=='all' else 0
+def _how_many(option:str, said:str, **words:int|None # what may be said instead of a number
+             )->int|None: # None for all
+    "A number of pictures out of an option of the command line"
+    if said in words: return words[said]
     if said.isdigit(): return int(said)
-    raise click.UsageError(f'{option} {said!r}: give a number of 0 or more, "all" or "none"')
+    raise click.UsageError(f'{option} {said!r}: give a number of 0 or more, or ' + ' or '.join(f'"{w}"' for w in words))
 
 # %% ../nbs/70_cli.ipynb #ab77c8e2
 @main.command()
@@ -209,7 +207,7 @@ def explain(pictures:tuple[str, ...], bundle:str|None, out:str, overlays:str)->N
     Writes predictions.csv, maps.npz, overlay pictures and report.html to --out.
     """
     from skin_gradcam.inference import Explainer, list_pictures, write_predictions
-    n = _overlay_count(overlays)
+    n = _how_many('--overlays', overlays, all=None)
     files = [f for p in pictures for f in list_pictures(p)]
     table = write_predictions(Explainer.load(bundle).explain_many(files), out, overlays=n)
     import pandas as pd
@@ -217,13 +215,6 @@ def explain(pictures:tuple[str, ...], bundle:str|None, out:str, overlays:str)->N
     click.echo(', '.join(f'{k} {v}' for k,v in decisions.items()))
     click.echo(f'{table}\n{Path(out)/"report.html"}\n{DISCLAIMER}')
     if set(decisions.index)=={'unreadable'}: raise ValueError(f'none of the {len(files)} pictures could be read: see the column reason in {table}')
-
-# %% ../nbs/70_cli.ipynb #574133ef
-def _overlay_count(s:str)->int|None: # None for all
-    "The `--overlays` option: a number of 0 or more, or `all`"
-    if s=='all': return None
-    if s.isdigit(): return int(s)
-    raise click.UsageError(f'--overlays {s!r}: give a number of 0 or more, or "all"')
 
 # %% ../nbs/70_cli.ipynb #c2998113
 DEMO_EPOCHS, DEMO_SIZE = 3, 320

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,19 @@ from .data import Manifest
 from .evaluation import (Interval, balanced_accuracy, brier, ece, evaluate, lesion_draws, macro_auroc, paired_difference, say_difference, softmax)
 from .files import write_atomic
 from .models import LesionNet, create_model
-from .training import Recipe, open_run, plain_loader, predict_logits, ready_learner, recipe_from, round_half, train_weights
+from .training import Recipe, open_run, plain_loader, predict_logits, ready_learner, recipe_differences, recipe_from, round_half, train_weights
 
 # %% auto #0
-__all__ = ['FOLD_SCHEMA', 'FIGURES', 'TrialError', 'Trial', 'read_plan', 'grid', 'fold_file', 'read_fold', 'fold_manifest',
-           'run_fold', 'weights_file', 'mean_model', 'run_trials', 'OutOfFold', 'read_trial', 'trial_interval',
-           'leaderboard', 'choose', 'study_figures']
+__all__ = ['FOLD_SCHEMA', 'FIGURES', 'TrialError', 'NotRun', 'Trial', 'read_plan', 'grid', 'fold_file', 'read_fold',
+           'fold_manifest', 'run_fold', 'weights_file', 'mean_model', 'run_trials', 'OutOfFold', 'read_trial',
+           'trial_interval', 'leaderboard', 'choose', 'study_figures']
 
 # %% ../nbs/28_selection.ipynb #1327833d
 class TrialError(ValueError):
     "A trial that cannot be run or read; the message says what to do"
+
+class NotRun(TrialError):
+    "A trial of which folds are missing"
 
 @dataclass(frozen=True)
 class Trial:
@@ -98,8 +102,7 @@ def read_fold(file:Path, trial:Trial, seed:int, manifest:Manifest)->dict[str, An
     try: d = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise TrialError(f'{file}: cannot be read ({e}); delete it to run the fold again') from None
     if not isinstance(d, dict) or d.get('schema') != FOLD_SCHEMA: raise TrialError(f'{file}: no answers of a fold of this version; delete it to run the fold again')
-    then, now = recipe_from(d['recipe']).to_dict(), trial.recipe.change(seed=seed).to_dict()
-    differ = [k for k in now if json.loads(json.dumps(then[k])) != json.loads(json.dumps(now[k]))]
+    differ = recipe_differences(recipe_from(d['recipe']), trial.recipe.change(seed=seed))
     differ += ['per_class'] if d['per_class'] != trial.per_class else []
     differ += ['mean_of'] if json.dumps(d.get('mean_of')) != json.dumps(trial.mean_of) else []
     if differ: raise TrialError(f"{file}: was run with another {', '.join(differ)}; give the new trial another name, or delete the folder")
@@ -139,7 +142,7 @@ def run_fold(trial:Trial, seed:int, fold:int, manifest:Manifest, # with folds
     views, _ = predict_logits(model, loader, views=8)
     answers = _answers(trial, recipe, fold, manifest, m, dict(y=y, logits=plain, logits_views=views), history, model, time.perf_counter()-start)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(weights_file(work, trial, seed, fold), model.half().state_dict(), dict(trial=trial.name, fold=fold, recipe=recipe.to_dict(), manifest=manifest.hash))
+    save_checkpoint(weights_file(work, trial.name, seed, fold), model.half().state_dict(), dict(trial=trial.name, fold=fold, recipe=recipe.to_dict(), manifest=manifest.hash))
     write_atomic(file, json.dumps(answers)+'\n')
     shutil.rmtree(folder, ignore_errors=True)
     return answers
@@ -151,9 +154,10 @@ def _trained(recipe:Recipe, m:Manifest, folder:Path, cache:Any)->tuple[LesionNet
         model = round_half(train_weights(learn, recipe, run, progress=False))
         return model, run.history.round(5).to_dict('list')
 
-def weights_file(work:str|Path, trial:Trial, seed:int, fold:int)->Path:
+def weights_file(work:str|Path, trial:str, # name
+                 seed:int, fold:int)->Path:
     "Where the weights of a fold are kept, in half precision"
-    return Path(work)/trial.name/f'seed{seed}-fold{fold}.safetensors'
+    return Path(work)/trial/f'seed{seed}-fold{fold}.safetensors'
 
 def _answers(trial:Trial, recipe:Recipe, fold:int, manifest:Manifest, m:Manifest, told:dict[str, np.ndarray], history:dict, model:Any, seconds:float)->dict[str, Any]:
     "The answers of a fold for JSON; logits to four decimals"
@@ -171,7 +175,7 @@ def mean_model(trial:Trial, # with `mean_of`
     "The network of the mean weights of several seeds, in half precision"
     assert trial.mean_of is not None
     name, seeds = trial.mean_of
-    files = [Path(work)/name/f'seed{s}-fold{fold}.safetensors' for s in seeds]
+    files = [weights_file(work, name, s, fold) for s in seeds]
     if missing := [f.name for f in files if not f.exists()]: raise TrialError(f"{trial.name}: no weights {', '.join(missing)} of {name}; run that trial here first")
     states = [load_checkpoint(f)[0] for f in files]
     model = create_model(trial.recipe.arch, n_classes=len(m.classes), pretrained=False)
@@ -235,6 +239,7 @@ class OutOfFold:
     logits:np.ndarray # [S,N,C] of each seed, or of its eight views
     seconds:float # of a fold, mean
     parameters:int # of the network
+    @cached_property
     def probabilities(self)->np.ndarray: # [S,N,C]
         "At the temperature that the other folds give"
         return np.stack([cross_fit_temperature(l, self.y, self.fold)[0] for l in self.logits])
@@ -247,7 +252,7 @@ def read_trial(trial:Trial, manifest:Manifest, out:str|Path,
     tasks = [(s, int(k)) for s in trial.seeds for k in sorted(set(df.fold))]
     told = {task: read_fold(fold_file(out, trial, *task), trial, task[0], manifest) for task in tasks}
     if missing := [f'seed {s} fold {k}' for (s, k),d in told.items() if d is None]:
-        raise TrialError(f"{trial.name}: {', '.join(missing)} not run yet")
+        raise NotRun(f"{trial.name}: {', '.join(missing)} not run yet")
     return _together(trial, df, manifest.classes, {k: d for k,d in told.items() if d is not None}, views)
 
 def _together(trial:Trial, df:pd.DataFrame, classes:Sequence[str], told:Mapping[tuple[int, int], dict], views:int)->OutOfFold:
@@ -265,7 +270,7 @@ def _together(trial:Trial, df:pd.DataFrame, classes:Sequence[str], told:Mapping[
 def trial_interval(metric:Any, o:OutOfFold, n:int=2000 # bootstrap draws
                   )->Interval:
     "Mean of a metric over the seeds, with its 95 % lesion-bootstrap interval"
-    w, p = lesion_draws(o.lesion_id, n), o.probabilities()
+    w, p = lesion_draws(o.lesion_id, n), o.probabilities
     draws = np.mean([metric(o.y, q, w=w) for q in p], axis=0)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Interval(float(np.mean([metric(o.y, q) for q in p])), float(low), float(high))
@@ -277,7 +282,7 @@ def leaderboard(read:Sequence[OutOfFold], n:int=2000 # bootstrap draws
     "What each trial reached out of fold"
     rows = [dict(trial=o.trial.name, arch=o.trial.recipe.arch, megabytes=round(2*o.parameters/1e6, 1), seeds=len(o.trial.seeds),
                  minutes_a_fold=round(o.seconds/60, 1), **{k: trial_interval(f, o, n) for k,f in FIGURES.items()},
-                 spread=float(np.ptp([balanced_accuracy(o.y, p) for p in o.probabilities()])), outside=o.trial.outside) for o in read]
+                 spread=float(np.ptp([balanced_accuracy(o.y, p) for p in o.probabilities])), outside=o.trial.outside) for o in read]
     order = sorted(range(len(rows)), key=lambda i: -float(rows[i]['balanced_accuracy'])) # type: ignore[arg-type]
     return pd.DataFrame([rows[i] for i in order])
 
@@ -291,7 +296,7 @@ def choose(read:Sequence[OutOfFold], # of the trials
     if not able: raise TrialError(f'no trial is a candidate: they need ImageNet weights and at most {largest:g} MB')
     def score(o:OutOfFold)->float: return trial_interval(balanced_accuracy, o, 100).value
     best = max(able, key=score)
-    compared = {id(o): paired_difference(balanced_accuracy, best.y, list(best.probabilities()), list(o.probabilities()), best.lesion_id, n) for o in able if o is not best}
+    compared = {id(o): paired_difference(balanced_accuracy, best.y, list(best.probabilities), list(o.probabilities), best.lesion_id, n) for o in able if o is not best}
     equal = [o for o in able if o is best or compared[id(o)].low <= 0]
     taken = min(equal, key=lambda o: (o.parameters, -score(o)))
     return taken, _why(best, taken, [o for o in able if o is not best], compared)
@@ -316,7 +321,7 @@ def study_figures(trials:Sequence[Trial], manifest:Manifest, out:str|Path, # as 
     candidates = [o for o in read if o.trial.per_class is None]
     taken, why = choose(candidates, largest, n)
     return dict(manifest=manifest.hash, n=len(taken.y), missing=missing, board=_board(trials, read, manifest, out, n), chosen=taken.trial.name, why=why,
-                recipe=taken.trial.recipe.to_dict(), seeds=[_full(taken, p, manifest.classes, n) for p in taken.probabilities()],
+                recipe=taken.trial.recipe.to_dict(), seeds=[_full(taken, p, manifest.classes, n) for p in taken.probabilities],
                 versions=library_versions())
 
 def _full(o:OutOfFold, p:np.ndarray, classes:Sequence[str], n:int)->dict[str, Any]:

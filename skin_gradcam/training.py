@@ -34,12 +34,12 @@ from .steps import (AveragedWeights, ChannelsLast, ClassLoss, FrozenStages, Grow
     StopEarly, copy_state, has_bf16, keep_memory, moments, set_moments, stages, train_in_bf16, trainable_groups)
 
 # %% auto #0
-__all__ = ['MONITORS', 'HISTORY', 'M', 'BARS', 'RecipeError', 'Recipe', 'check_recipe', 'recipe_from', 'log_loss', 'valid_figure',
-           'start_from', 'make_learner', 'size_loaders', 'epoch_sizes', 'training_loss', 'step_callbacks', 'find_lr',
-           'plot_lr', 'RunRecorder', 'training_tensors', 'training_counters', 'set_phase', 'restore', 'round_half',
-           'predict_logits', 'turned', 'calibrate', 'plain_loader', 'bundle_info', 'phases', 'fit', 'sparkline',
-           'LiveHistory', 'in_notebook', 'epoch_line', 'TensorBoardLog', 'train', 'ready_learner', 'train_weights',
-           'open_run', 'same_run', 'go_on', 'run_phases', 'finish', 'same_weights']
+__all__ = ['MONITORS', 'HISTORY', 'M', 'BARS', 'RecipeError', 'Recipe', 'check_recipe', 'recipe_from', 'recipe_differences',
+           'log_loss', 'valid_figure', 'start_from', 'make_learner', 'size_loaders', 'epoch_sizes', 'training_loss',
+           'step_callbacks', 'find_lr', 'plot_lr', 'RunRecorder', 'training_tensors', 'training_counters', 'set_phase',
+           'restore', 'round_half', 'predict_logits', 'turned', 'calibrate', 'plain_loader', 'bundle_info', 'phases',
+           'fit', 'sparkline', 'LiveHistory', 'in_notebook', 'epoch_line', 'TensorBoardLog', 'train', 'ready_learner',
+           'train_weights', 'open_run', 'same_run', 'go_on', 'run_phases', 'finish', 'same_weights']
 
 # %% ../nbs/26_training.ipynb #f4f9ccb2
 class RecipeError(ValueError):
@@ -122,6 +122,10 @@ def recipe_from(d:dict)->Recipe: # raises `RecipeError` for an unknown field
     if bad := sorted(set(d)-known): raise RecipeError(f"recipe: unknown field {', '.join(bad)}; known are {', '.join(sorted(known))}")
     try: return Recipe(**{**d, 'augment': _augment(d.get('augment'))})
     except TypeError as e: raise RecipeError(f'recipe: {e}') from None
+
+def recipe_differences(a:Recipe, b:Recipe)->list[str]:
+    "Names of the fields in which two recipes differ"
+    return [f.name for f in fields(Recipe) if getattr(a, f.name) != getattr(b, f.name)]
 
 def _augment(a:Any)->Augment:
     "An `Augment` from itself, a dict of its fields, or None for the default"
@@ -467,9 +471,7 @@ def open_run(recipe:Recipe, manifest:Manifest, out:str|Path, overwrite:bool=Fals
 # %% ../nbs/26_training.ipynb #f6cd4c5d
 def same_run(run:Run, recipe:Recipe, manifest:Manifest)->Run: # the run; raises `RecipeError` when it was another
     "Is this the run of this recipe on these pictures?"
-    theirs = {**Recipe().to_dict(), **run.recipe}
-    differ = [k for k,v in json.loads(json.dumps(recipe.to_dict())).items() if json.loads(json.dumps(theirs.get(k))) != v]
-    if differ: raise RecipeError(f"{run.folder}: the run there has another {', '.join(differ)}; resume it with its own recipe, or choose another folder")
+    if differ := recipe_differences(recipe_from(run.recipe), recipe): raise RecipeError(f"{run.folder}: the run there has another {', '.join(differ)}; resume it with its own recipe, or choose another folder")
     if run.record['manifest'] != manifest.hash: raise RecipeError(f'{run.folder}: the run there has other pictures or roles; choose another folder')
     return run
 

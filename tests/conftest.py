@@ -65,6 +65,29 @@ def page(browser) -> Iterator:
     context.close()
 
 
+def visit(page, file: Path, width: int, scheme: str) -> tuple[list[str], list[str]]:
+    "Open a page of ours in a window of this width; what it asked for, and what it said on its console"
+    asked, said = [], []
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('console', lambda m: said.append(m.text))
+    page.on('pageerror', lambda e: said.append(str(e)))
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size(dict(width=width, height=800))
+    page.goto(file.as_uri())
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    return asked, said
+
+
+@pytest.fixture(scope='module')
+def one_thread() -> Iterator:
+    "Nets as small as those of the tests are slower on two"
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='session')
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "The docs site: the folder SKIN_GRADCAM_SITE where one is built already, else built now"

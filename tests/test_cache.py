@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import disk_of_1_mib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -68,26 +68,18 @@ def test_same_file_twice_is_one_square(paths, tmp_path):
 # ---------------------------------------------------------------- full disks
 
 
-@contextmanager
-def disk_of_1_mib(folder, monkeypatch):
-    "A file system of 1 MiB where one can be mounted, else an `os` that behaves like one"
-    folder.mkdir()
-    try: mounted = not subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder],
-                                      capture_output=True).returncode
-    except OSError: mounted = False
+def full_disk(monkeypatch):
+    "An `os` that behaves like a disk of 1 MiB, where none can be mounted"
     def reserve(fd, start, n):
         if start + n > 2**20: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if not mounted: monkeypatch.setattr(C.os, 'posix_fallocate', reserve, raising=False)
-    try: yield
-    finally:
-        if mounted: subprocess.run(['umount', '-l', folder], check=True)
+    return lambda: monkeypatch.setattr(C.os, 'posix_fallocate', reserve, raising=False)
 
 
 def test_a_full_disk_is_refused_at_once(paths, tmp_path, monkeypatch):
     "Before the first picture is decoded, and with what is needed; older caches stay, and nothing new is left"
     opened, real = [], C.decode_checked
     monkeypatch.setattr(C, 'decode_checked', lambda *a: opened.append(a) or real(*a))
-    with disk_of_1_mib(tmp_path/'disk', monkeypatch):
+    with disk_of_1_mib(tmp_path/'disk', full_disk(monkeypatch)):
         small = cached_squares(paths, 32, tmp_path/'disk')
         bytes_of_small = small.pixels.tobytes()
         opened.clear()

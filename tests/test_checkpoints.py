@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from disks import disk_of_1_mib
 from torch import nn
 
 from skin_gradcam import checkpoints as C
@@ -318,28 +319,20 @@ def test_what_cannot_be_read_again_is_not_written(run):
 # ---------------------------------------------------------------- full disks
 
 
-@contextmanager
-def disk_of_1_mib(folder, monkeypatch):
-    "A file system of 1 MiB where one can be mounted, else an `fsync` that counts"
-    folder.mkdir()
-    try: mounted = not subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder],
-                                      capture_output=True).returncode
-    except OSError: mounted = False
+def full_disk(folder, monkeypatch):
+    "An `fsync` that counts, where no disk of 1 MiB can be mounted"
     real = os.fsync
     def fsync(fd):
         full = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) > 2**20
         if full: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd)
-    if not mounted: monkeypatch.setattr(C.os, 'fsync', fsync)
-    try: yield
-    finally:
-        if mounted: subprocess.run(['umount', '-l', folder], check=True)
+    return lambda: monkeypatch.setattr(C.os, 'fsync', fsync)
 
 
 def test_a_full_disk_leaves_weights_and_state_as_they_were(tmp_path, monkeypatch):
     "300 kB of weights as best and last and 200 kB of state fit into 1 MiB, what comes next does not"
     small, large = nn.Linear(270, 270), nn.Linear(400, 400)
-    with disk_of_1_mib(tmp_path / 'disk', monkeypatch):
+    with disk_of_1_mib(tmp_path / 'disk', full_disk(tmp_path / 'disk', monkeypatch)):
         run = Run.create(tmp_path / 'disk' / 'run', {}, small_manifest(tmp_path))
         run.log_epoch(dict(log_loss=1.))
         run.keep(small, 0, dict(log_loss=1.))

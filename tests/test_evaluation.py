@@ -24,8 +24,9 @@ def random_case(seed, n=120, classes=3, lesions=70, decimals=None):
     return y, p, ids
 
 
-def test_import_is_light():
-    code = ("import sys, skin_gradcam.evaluation\n"
+@pytest.mark.parametrize('module', ['evaluation', 'calibration'])
+def test_import_is_light(module):
+    code = (f"import sys, skin_gradcam.{module}\n"
             "bad = [m for m in ('torch', 'fastai', 'sklearn', 'scipy', 'matplotlib') if m in sys.modules]\n"
             "assert not bad, bad")
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -73,13 +73,7 @@ def make(**kw) -> Net:
     return net.eval()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "Nets this small are slower on two"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from skin_gradcam.gradcam import (
     xgradcam_map,
 )
 
-pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings('ignore')]
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings('ignore'), pytest.mark.usefixtures('one_thread')]
 captum_attr = pytest.importorskip('captum.attr', reason="captum is not installed: pip install -e '.[dev]'")
 torchcam_methods = pytest.importorskip('torchcam.methods', reason="torchcam is not installed: pip install -e '.[dev]'")
 pgc = pytest.importorskip('pytorch_grad_cam', reason="grad-cam is not installed: pip install -e '.[dev]'")
@@ -58,14 +58,6 @@ def make(name: str) -> nn.Module:
     if name in TIMM: return timm.create_model(name, num_classes=7).eval()
     if name == 'vgg11': return small_vgg().eval()
     return torchvision.models.get_model(name, weights=None, num_classes=7).eval()
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')

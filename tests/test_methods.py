@@ -39,12 +39,7 @@ ZOO = {'resnet18': 'layer3', 'resnet50': 'layer4.1', 'densenet121': 'features.tr
 TIMM = {'tf_efficientnet_lite0', 'efficientnet_b0', 'convnext_atto'}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Net(nn.Module):

@@ -26,12 +26,7 @@ ARCHS = ['tf_efficientnet_lite0', 'mobilenetv2_100', 'mobilenetv3_large_100', 'r
          'densenet121', 'torchvision/resnet18', 'torchvision/densenet121', 'torchvision/mobilenet_v2']
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture

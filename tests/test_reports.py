@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from conftest import visit
 from test_inference import numpy_backend, tiny_bundle
 
 from skin_gradcam.assessment import assess
@@ -67,14 +68,7 @@ def page_file(answers, tmp_path_factory):
 @pytest.mark.parametrize('width', [1280, 768, 390, 320])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_it_fits_its_window_and_asks_nobody(page, page_file, width, scheme):
-    asked, said = [], []
-    page.on('request', lambda r: asked.append(r.url))
-    page.on('console', lambda m: said.append(m.text))
-    page.on('pageerror', lambda e: said.append(str(e)))
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size(dict(width=width, height=800))
-    page.goto(page_file.as_uri())
-    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    asked, said = visit(page, page_file, width, scheme)
     assert [u for u in asked if not u.startswith('data:')] == [page_file.as_uri()]
     assert said == []
     assert page.title() != 'owned' and page.locator('script').count() == 0
@@ -235,13 +229,7 @@ def card_file(manifest, tmp_path_factory):
 @pytest.mark.parametrize('width', [1280, 390, 320])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_a_data_card_fits_its_window_and_asks_nobody(page, card_file, width, scheme):
-    asked, said = [], []
-    page.on('request', lambda r: asked.append(r.url))
-    page.on('console', lambda m: said.append(m.text))
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size(dict(width=width, height=800))
-    page.goto(card_file.as_uri())
-    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    asked, said = visit(page, card_file, width, scheme)
     assert asked == [card_file.as_uri()] and said == []
     assert page.title().startswith('Data card') and page.locator('script').count() == 0
     assert page.locator('.plot svg').count() >= 2 and page.locator('[role=note]').bounding_box()['y'] < 800

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from conftest import visit
 from PIL import Image
 from test_inference import numpy_backend, tiny_bundle
 from test_reports import CONTRAST, EVIL
@@ -77,13 +78,7 @@ def page_file(run, assessed, losses, tmp_path_factory):
 @pytest.mark.parametrize('width', [1280, 390, 320])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_it_fits_its_window_and_asks_nobody(page, page_file, width, scheme):
-    asked, said = [], []
-    page.on('request', lambda r: asked.append(r.url))
-    page.on('console', lambda m: said.append(m.text))
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size(dict(width=width, height=800))
-    page.goto(page_file.as_uri())
-    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    asked, said = visit(page, page_file, width, scheme)
     assert [u for u in asked if not u.startswith('data:')] == [page_file.as_uri()] and said == []
     assert page.title() != 'owned' and page.locator('script').count() == 0
     assert page.locator('.plot svg').count() == 6

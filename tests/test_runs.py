@@ -11,11 +11,11 @@ import signal
 import subprocess
 import sys
 import tarfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from disks import disk_of_1_mib
 from test_checkpoints import full_run, held_elsewhere, small_manifest
 from torch import nn
 
@@ -303,18 +303,10 @@ def test_members_that_are_no_plain_files(done, tmp_path, kind):
     assert os.listdir(tmp_path / 'in') == []
 
 
-@contextmanager
-def disk_of_1_mib(folder, monkeypatch):
-    "A file system of 1 MiB where one can be mounted, else an `fsync` that finds the disk full"
-    folder.mkdir()
-    try: mounted = not subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder],
-                                      capture_output=True).returncode
-    except OSError: mounted = False
+def full_disk(monkeypatch):
+    "An `fsync` that finds the disk full, where none of 1 MiB can be mounted"
     def fsync(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if not mounted: monkeypatch.setattr(R.os, 'fsync', fsync)
-    try: yield
-    finally:
-        if mounted: subprocess.run(['umount', '-l', folder], check=True)
+    return lambda: monkeypatch.setattr(R.os, 'fsync', fsync)
 
 
 def test_a_full_disk_leaves_nothing(done, tmp_path, monkeypatch):
@@ -323,7 +315,7 @@ def test_a_full_disk_leaves_nothing(done, tmp_path, monkeypatch):
     run.keep(model, 0, dict(log_loss=1.))
     run.finish()
     file = export_run(run.folder, tmp_path / 'large.tar')
-    with disk_of_1_mib(tmp_path / 'disk', monkeypatch):
+    with disk_of_1_mib(tmp_path / 'disk', full_disk(monkeypatch)):
         with pytest.raises(CheckpointError, match='large.tar: cannot be imported .No space left'):
             import_run(file, tmp_path / 'disk')
         assert os.listdir(tmp_path / 'disk') == []

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from skin_gradcam.assessment import plain_rows
 from skin_gradcam.calibration import calibration_intercept, calibration_slope, decision_curve, strata
 from skin_gradcam.data import Manifest, real_data
 from skin_gradcam.evaluation import balanced_accuracy, evaluate, lesion_bootstrap, macro_auroc, paired_difference
-from skin_gradcam.selection import (OutOfFold, Trial, TrialError, read_plan, read_trial, run_trials, study_figures,
-                                    trial_interval)
+from skin_gradcam.selection import (NotRun, OutOfFold, Trial, TrialError, read_plan, read_trial, run_trials,
+                                    study_figures, trial_interval)
 from skin_gradcam.stress import metadata_floor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,9 +47,7 @@ def run_all(folder: Path, jobs: int) -> None:
 def whole(trial: Trial, m: Manifest, out: Path) -> OutOfFold | None:
     "The answers of a trial, or None while a fold is missing"
     try: return read_trial(trial, m, out)
-    except TrialError as e:
-        if 'not run yet' not in str(e): raise
-        return None
+    except NotRun: return None
 
 
 def curve(trials: dict[str, Trial], m: Manifest) -> list[dict[str, Any]]:
@@ -70,9 +69,9 @@ def leak() -> dict[str, Any]:
     told: dict[str, Any] = {s: {f.__name__: trial_interval(f, o).to_dict() for f in (balanced_accuracy, macro_auroc)}
                             for s, o in read.items()}
     order = [list(by_picture.image_id).index(i) for i in by_lesion.image_id]
-    p = by_picture.probabilities()[:, order]
+    p = by_picture.probabilities[:, order]
     for f in (balanced_accuracy, macro_auroc):
-        told[f'too_good_{f.__name__}'] = paired_difference(f, by_lesion.y, list(p), list(by_lesion.probabilities()),
+        told[f'too_good_{f.__name__}'] = paired_difference(f, by_lesion.y, list(p), list(by_lesion.probabilities),
                                                            by_lesion.lesion_id).to_dict()
     return told
 
@@ -87,13 +86,11 @@ def floor(m: Manifest) -> dict[str, Any]:
 
 def chosen_figures(o: OutOfFold, m: Manifest) -> dict[str, Any]:
     "Slope, decision curve and strata of the chosen trial, on its first seed"
-    d, p = m.df.set_index('image_id').loc[o.image_id].reset_index(), o.probabilities()[0]
+    d, p = m.df.set_index('image_id').loc[o.image_id].reset_index(), o.probabilities[0]
     slopes = {f.__name__: [v.to_dict() for v in lesion_bootstrap(f, o.y, p, o.lesion_id, 1000)]
               for f in (calibration_slope, calibration_intercept)}
-    table = strata(o.y, p, o.lesion_id, d, n_boot=1000)
-    rows = [{k: v.to_dict() if hasattr(v, 'to_dict') else v.item() if hasattr(v, 'item') else v for k, v in r.items()}
-            for r in table.astype(object).where(table.notna(), None).to_dict('records')]
-    return dict(**slopes, decision_curve=decision_curve(o.y, p, o.lesion_id).round(5).to_dict('list'), strata=rows)
+    return dict(**slopes, decision_curve=decision_curve(o.y, p, o.lesion_id).round(5).to_dict('list'),
+                strata=plain_rows(strata(o.y, p, o.lesion_id, d, n_boot=1000)))
 
 
 def figures() -> dict[str, Any]:
