@@ -61,14 +61,14 @@ def colorize(m:np.ndarray, # `[h,w]` signed, logit units
     s = alpha*(np.abs(s) if signed else np.clip(s, 0, None))
     return (under + s*(tint-under)).round().astype(np.uint8)
 
-# %% ../nbs/34_display.ipynb #1ba3f47f
+# %% ../nbs/34_display.ipynb #588f28e6
 FAINT = .1 # share of the limit below which a tint cannot be read
 
 def has_evidence(m:np.ndarray, # signed, logit units
-                 tol:float=1e-6 # logits; rounding errors of a zero map stay under it
+                 tol:float=1e-6 # share of the largest absolute value that still counts as rounding
                 )->bool: # whether any cell speaks for the class
-    "Whether a map has a positive value at all"
-    return bool(np.size(m)) and float(np.max(m)) > tol
+    "Whether a map has a positive value at all; the same rule as `gradcam.no_evidence`"
+    return bool(np.size(m)) and float(np.max(m)) > tol*float(np.abs(m).max())
 
 def evidence_note(m:np.ndarray, # signed, logit units
                   limit:float|None=None # logits that get the full tint

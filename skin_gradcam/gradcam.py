@@ -22,12 +22,13 @@ from .engine import (Call, Record, Spot, Tap, _check_logits, check_pictures, dir
 
 # %% auto #0
 __all__ = ['Maps', 'METHODS', 'gradcam_map', 'closed_form', 'completeness_gap', 'hirescam_map', 'by_gradient', 'linear_weights',
-           'cam_maps', 'Method', 'class_maps', 'gradcam', 'gradcampp_map', 'layercam_map', 'xgradcam_map',
-           'eigencam_map', 'eigencam_maps', 'channel_scores', 'scorecam_maps', 'channel_drops', 'ablationcam_maps',
-           'finer_directions', 'finercam_maps', 'picture_seeds', 'random_maps', 'attention_blocks', 'record_attention',
-           'attention_slope', 'legrad_maps', 'no_evidence', 'normalised', 'turn', 'turn_back', 'smoothed', 'fuse',
-           'Call', 'Record', 'Spot', 'Tap', 'directions', 'find_layer', 'forward_calls', 'gradient_is_flat',
-           'gradients', 'head_of', 'map_layout', 'pooling_input', 'quiet_forward', 'record', 'unwrap']
+           'cam_maps', 'gradcam_maps', 'Method', 'class_maps', 'gradcam', 'gradcampp_map', 'layercam_map',
+           'xgradcam_map', 'eigencam_map', 'eigencam_maps', 'channel_scores', 'scorecam_maps', 'channel_drops',
+           'ablationcam_maps', 'finer_directions', 'finercam_maps', 'picture_seeds', 'random_maps', 'attention_blocks',
+           'record_attention', 'attention_slope', 'legrad_maps', 'no_evidence', 'normalised', 'turn', 'turn_back',
+           'smoothed', 'fuse', 'Call', 'Record', 'Spot', 'Tap', 'directions', 'find_layer', 'forward_calls',
+           'gradient_is_flat', 'gradients', 'head_of', 'map_layout', 'pooling_input', 'quiet_forward', 'record',
+           'unwrap']
 
 # %% ../nbs/30_gradcam.ipynb #8aebae6f
 _all_ = ['Call', 'Record', 'Spot', 'Tap', 'directions', 'find_layer', 'forward_calls', 'gradient_is_flat', 'gradients',
@@ -74,7 +75,7 @@ def by_gradient(rule:Callable[[Tensor,Tensor],Tensor] # of features and gradient
         for gs in gradients(rec, v): yield [rule(f, g) for f,g in zip(feats, gs)]
     return maps
 
-# %% ../nbs/30_gradcam.ipynb #5bf08a99
+# %% ../nbs/30_gradcam.ipynb #2d7a74df
 def _explains(module, features, logits):
     "The weight `[C,K]` of a linear layer if the pooled features through it are the logits"
     if not isinstance(module, nn.Linear) or module.weight.shape != (logits.shape[1], features.shape[1]): return None
@@ -84,10 +85,17 @@ def _explains(module, features, logits):
     size = (pooled.abs() @ weight.T.abs()).max() + logits.abs().max()
     return weight if gap <= (1e-4 if logits.dtype.itemsize >= 4 else 3e-2) * size else None
 
+def _last_first(model):
+    "The modules of a model, those of the head before those of the stem"
+    waiting = [model]
+    while waiting:
+        yield (m := waiting.pop())
+        waiting.extend(o for o in m._modules.values() if o is not None)
+
 def _linear_weight(rec, i):
     "`[C,K]` of the linear layer behind the pooling of layer `i`, `None` if the head is not these two"
-    modules, f, logits = reversed(list(rec.model.modules())), rec.features[i], rec.logits.detach()
-    return next((w for m in modules if (w := _explains(m, f, logits)) is not None), None)
+    f, logits = rec.features[i], rec.logits.detach()
+    return next((w for m in _last_first(rec.model) if (w := _explains(m, f, logits)) is not None), None)
 
 # %% ../nbs/30_gradcam.ipynb #86a39e6b
 def linear_weights(rec:Record, # from `record`
@@ -104,7 +112,19 @@ def cam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "CAM (arXiv 1512.04150, eq. 2, over the number of cells)"
     for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(rec.features, ws)]
 
-# %% ../nbs/30_gradcam.ipynb #732560f0
+# %% ../nbs/30_gradcam.ipynb #7fe7a058
+def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
+    "Grad-CAM (arXiv 1610.02391), with the slopes read off the weights where the head is pooling and one linear layer"
+    known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
+    w = _linear_weight(rec, 0) if known else None
+    if w is None:
+        yield from by_gradient(gradcam_map)(rec, v)
+        return
+    f = rec.features[0]
+    maps = (v @ w).transpose(0, 1) / f[0,0].numel() @ f.flatten(2)      # [B,T,h*w]
+    for m in maps.unbind(1): yield [m.unflatten(1, f.shape[-2:])]
+
+# %% ../nbs/30_gradcam.ipynb #e9a83762
 @dataclass(frozen=True)
 class Method:
     "How a kind of map is made, and how it may be read"
@@ -119,7 +139,7 @@ class Method:
 METHODS: dict[str,Method] = {} # by name; filled below
 
 METHODS['cam'] = Method(cam_maps, 'what the pooled cell adds to the logit', needs='linear head')
-METHODS['gradcam'] = Method(by_gradient(gradcam_map), 'features at the mean slope of their channel')
+METHODS['gradcam'] = Method(gradcam_maps, 'features at the mean slope of their channel')
 METHODS['hirescam'] = Method(by_gradient(hirescam_map), 'features at the slope of their very place')
 
 # %% ../nbs/30_gradcam.ipynb #ebd9a744
@@ -262,7 +282,7 @@ def ablationcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
 METHODS['ablationcam'] = Method(ablationcam_maps, 'channels by the loss of logit without them', 'head', unit='',
                                 passes='2')
 
-# %% ../nbs/30_gradcam.ipynb #b7a3ae5a
+# %% ../nbs/30_gradcam.ipynb #61f8a1da
 def finer_directions(v:Tensor, # `[T,B,C]` from `directions`
                      logits:Tensor, # `[B,C]`
                      gamma:float=.6, # how much of the neighbours is subtracted
@@ -278,7 +298,7 @@ def finer_directions(v:Tensor, # `[T,B,C]` from `directions`
 
 def finercam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "Finer-CAM (arXiv 2501.11309) on Grad-CAM"
-    yield from by_gradient(gradcam_map)(rec, finer_directions(v, rec.logits))
+    yield from gradcam_maps(rec, finer_directions(v, rec.logits))
 
 METHODS['finercam'] = Method(finercam_maps, 'what sets the class apart from its neighbours')
 

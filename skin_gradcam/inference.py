@@ -133,7 +133,7 @@ class ModelStamp:
     def __str__(self)->str:
         return f'{self.name} ({self.arch}, {self.size} px, bundle {self.hash[:12]}, skin_gradcam {self.version})'
 
-# %% ../nbs/40_inference.ipynb #1f1d2231
+# %% ../nbs/40_inference.ipynb #c1aa4a55
 EXPLANATION_SCHEMA = 1 # raised when the meaning of a field of `Explanation.to_dict` changes
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +161,8 @@ class Explanation:
     @property
     def limit(self)->float: "Common scale: largest absolute value of the maps"; return float(np.abs(self.maps).max())
     @property
+    def no_evidence(self)->list[str]: "Classes that no part of the picture speaks for"; return _without(self)
+    @property
     def words(self)->str: "The decision as a sentence"; return in_words(self.decision, self.p, self.reason)
     @property
     def alt_text(self)->str: "What the maps show, in words"; return _alt(self)
@@ -175,6 +177,10 @@ class Explanation:
                )->Image.Image: "The map of a class over the picture"; return _overlay(self, cls, max_side, **kw)
     def plot(self, **kw:Any # for `display.show_maps`
             )->Figure: "Picture, the three maps and their scale as a figure"; return _plot(self, **kw)
+    def plot_contrast(self, this:str, # class that is explained
+                      that:str, # class it is held against
+                      **kw:Any # for `display.show_overlays`
+                     )->Figure: "Both maps and their difference as a figure"; return _plot_contrast(self, this, that, **kw)
     def to_dict(self, maps:bool=False # with the raw maps as nested lists
                )->dict[str,Any]: "Plain values for JSON, with a schema version"; return _as_dict(self, maps)
     def save(self, folder:str|Path # made when missing
@@ -200,6 +206,11 @@ def _contrast(e:Explanation, this:str, that:str)->np.ndarray:
     i, j = _index(this), _index(that)
     return e.maps[i] - e.maps[j]
 
+# %% ../nbs/40_inference.ipynb #adbd108b
+def _without(e:Explanation)->list[str]:
+    from skin_gradcam.display import has_evidence
+    return [c for c,m in zip(CLASSES, e.maps) if not has_evidence(m)]
+
 # %% ../nbs/40_inference.ipynb #bb4dbb6e
 def _need_picture(e:Explanation)->Image.Image:
     if e.picture is None: raise ValueError(f'{e.name}: the explanation holds no picture; make it with keep_side=1024')
@@ -210,10 +221,14 @@ def _overlay(e:Explanation, cls:str|None=None, max_side:int|None=1024, **kw:Any)
     m = e.maps[_index(cls or e.top)]
     return overlay(shrink(_need_picture(e), max_side), m, **{'limit': e.limit or None, 'outline': .5, **kw})
 
-# %% ../nbs/40_inference.ipynb #1f7a1fd9
+# %% ../nbs/40_inference.ipynb #f9d10061
 def _plot(e:Explanation, **kw:Any)->Figure:
     from skin_gradcam.display import show_maps
     return show_maps(_need_picture(e), e.maps, **{'p': e.p, 'logits': e.logits, **kw})
+
+def _plot_contrast(e:Explanation, this:str, that:str, **kw:Any)->Figure:
+    from skin_gradcam.display import show_contrast
+    return show_contrast(_need_picture(e), e.maps, this, that, **{'logits': e.logits, **kw})
 
 def _alt(e:Explanation)->str:
     from skin_gradcam.display import alt_text
@@ -234,10 +249,10 @@ def _as_text(e:Explanation)->str:
         lines.append(f"  {r['cls']:<4}{r['p']:6.3f}{numbers}  {bar(r['p'])}")
     return '\n'.join(lines + [f'  {e.model}', f'  {DISCLAIMER}'])
 
-# %% ../nbs/40_inference.ipynb #393f7551
+# %% ../nbs/40_inference.ipynb #648ff4b7
 def _as_dict(e:Explanation, maps:bool=False)->dict[str,Any]:
     contributions = dict(zip(CLASSES, contribution_rows(e.maps, e.bias, e.logits)))
-    grid:dict[str,Any] = dict(shape=list(e.maps.shape), unit='logit', limit=e.limit)
+    grid:dict[str,Any] = dict(shape=list(e.maps.shape), unit='logit', limit=e.limit, no_evidence=e.no_evidence)
     if maps: grid['values'] = e.maps.astype(float).tolist()
     return dict(schema=EXPLANATION_SCHEMA, name=e.name, decision=e.decision, words=e.words, reason=e.reason,
                 classes=list(CLASSES), probabilities=e.probabilities, top=e.top, margin=e.margin,
