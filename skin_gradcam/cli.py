@@ -195,7 +195,7 @@ def _how_many(option:str, said:str, **words:int|None # what may be said instead 
     if said.isdigit(): return int(said)
     raise click.UsageError(f'{option} {said!r}: give a number of 0 or more, or ' + ' or '.join(f'"{w}"' for w in words))
 
-# %% ../nbs/70_cli.ipynb #ab77c8e2
+# %% ../nbs/70_cli.ipynb #a71d6009
 @main.command()
 @click.argument('pictures', nargs=-1, required=True, type=click.Path(exists=True))
 @click.option('--bundle', type=click.Path(exists=True, file_okay=False), help='Bundle folder; without it the model that ships.')
@@ -205,11 +205,13 @@ def explain(pictures:tuple[str, ...], bundle:str|None, out:str, overlays:str)->N
     """Explain pictures or folders of pictures.
 
     Writes predictions.csv, maps.npz, overlay pictures and report.html to --out.
+    A run that was stopped goes on where it was when the same command is given again.
     """
-    from skin_gradcam.inference import Explainer, list_pictures, write_predictions
+    from skin_gradcam.bulk import explain_bulk
+    from skin_gradcam.inference import Explainer, list_pictures
     n = _how_many('--overlays', overlays, all=None)
     files = [f for p in pictures for f in list_pictures(p)]
-    table = write_predictions(Explainer.load(bundle).explain_many(files), out, overlays=n)
+    table = explain_bulk(Explainer.load(bundle), files, out, overlays=n)
     import pandas as pd
     decisions = pd.read_csv(table, keep_default_na=False).decision.value_counts()
     click.echo(', '.join(f'{k} {v}' for k,v in decisions.items()))

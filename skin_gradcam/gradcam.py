@@ -112,7 +112,7 @@ def cam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "CAM (arXiv 1512.04150, eq. 2, over the number of cells)"
     for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(rec.features, ws)]
 
-# %% ../nbs/30_gradcam.ipynb #7fe7a058
+# %% ../nbs/30_gradcam.ipynb #62ff8c78
 def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "Grad-CAM (arXiv 1610.02391), with the slopes read off the weights where the head is pooling and one linear layer"
     known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
@@ -121,8 +121,7 @@ def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
         yield from by_gradient(gradcam_map)(rec, v)
         return
     f = rec.features[0]
-    maps = (v @ w).transpose(0, 1) / f[0,0].numel() @ f.flatten(2)      # [B,T,h*w]
-    for m in maps.unbind(1): yield [m.unflatten(1, f.shape[-2:])]
+    for u in v: yield [hirescam_map(f, (u @ w / f[0,0].numel())[...,None,None])]
 
 # %% ../nbs/30_gradcam.ipynb #e9a83762
 @dataclass(frozen=True)

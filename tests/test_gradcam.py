@@ -518,7 +518,7 @@ def test_many_classes_do_not_need_many_gradients_at_once(x, monkeypatch):
             alive.append(sum(g() is not None for g in kept))
             yield gs
     monkeypatch.setattr(room, 'gradients', watched)
-    assert gradcam(net, x, 'all').shape == (4, 40, 8, 8)
+    assert gradcam(net, x, 'all', 'hirescam').shape == (4, 40, 8, 8)
     assert len(alive) == 40 and max(alive) <= 2
 
 
