@@ -1,5 +1,5 @@
-"""The stored figures about the cost of a map and about what it leaves behind hold their marks, and the commands that
-measure them run (reduced: one network and batch, a few hundred calls)."""
+"""The stored figures about what maps leave behind hold their marks, and the commands that measure them and their cost
+run (reduced: one network and batch, a few hundred calls)."""
 from __future__ import annotations
 
 import json
@@ -25,20 +25,6 @@ def run(script: str, *args: str, out: Path) -> dict:
 
 def row(case: dict, name: str, classes: int) -> dict:
     return next(r for r in case['rows'] if (r['name'], r['classes']) == (name, classes))
-
-
-def test_the_maps_hold_their_marks():
-    s = stored('gradcam_cost.json')
-    assert s['summary']['limits'] == dict(ratio=1.05, kept_mib_per_image=0.1)
-    assert {(c['network'], c['batch']) for c in s['cases'].values()} == {
-        (n, b) for n in ('resnet18', 'tf_efficientnet_lite0') for b in (1, 8, 32)}
-    for name, case in s['cases'].items():
-        all_three = row(case, OURS, 3)
-        assert all_three['ratio'] <= 1.05, (name, all_three)
-        assert all_three['kept_mib_per_image'] <= 0.1
-        peers = [r for r in case['rows'] if r['name'] in PEERS and r['classes'] == 3]
-        assert peers and all(r['ratio'] > all_three['ratio'] for r in peers), name
-        assert all(row(case, peer, 1)['kept_mib_per_image'] > 10 for peer in PEERS), name
 
 
 def test_the_soak_left_nothing():
