@@ -43,7 +43,7 @@ def test_roles(roles):
 
 
 def test_shipped_bundle(roles):
-    "Half precision, each of the two forms of the network at most 10 MB, licence and card in it, and no lesion of another role trained on"
+    "Half precision, either form of the network at most 10 MB, licence, card, no lesion of another role trained on"
     bundle = default_bundle()
     sizes = {f.name: f.stat().st_size for f in bundle.folder.iterdir()}
     assert sizes['model.safetensors'] <= 10_000_000 and sizes['model.onnx'] <= 10_000_000
