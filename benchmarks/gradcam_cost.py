@@ -40,7 +40,7 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
-from scipy.stats import binom
+from medians import interval
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -159,13 +159,6 @@ def cpu_ms(run: Callable[[Tensor], object], x: Tensor) -> float:
     gc.enable()
     del result
     return took / len(x) * 1e3
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    "95 % interval of the median by order statistics; the extremes when there are fewer than six"
-    r, n = sorted(ratios), len(ratios)
-    k = int(binom.ppf(.025, n, .5))                                   # P(fewer than k below the median) <= 0.025
-    return r[max(k - 1, 0)], r[n - max(k, 1)]
 
 
 @dataclass

@@ -38,7 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binom
+from medians import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = dict(ratio=.45, start_s=1.5, half=1e-3, single=1e-4, bytes_ratio=.55)
@@ -96,13 +96,6 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.p.stdin.close()
         self.p.wait()
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    "95 % interval of the median by order statistics; the extremes when there are fewer than six"
-    r, n = sorted(ratios), len(ratios)
-    k = int(binom.ppf(.025, n, .5))
-    return r[max(k - 1, 0)], r[n - max(k, 1)]
 
 
 def latency(engines: dict[str, Engine], batch: int, rounds: int) -> list[dict]:
@@ -172,7 +165,7 @@ def study_files(roles: tuple[str, ...]) -> tuple[list[Path], np.ndarray] | None:
     if (root := real_data()) is None: return None
     m = Manifest.load(ROOT / 'results' / 'ham10000_roles.csv', root / 'ham10000')
     df = m.df[m.df.role.isin(roles)]
-    return [m.root / p for p in df.path], np.array([CLASSES.index(c) for c in df.dx])
+    return m.paths(df), np.array([CLASSES.index(c) for c in df.dx])
 
 
 def phantom_files(folder: Path, per_class: int) -> list[Path]:

@@ -104,7 +104,7 @@ def selective_figures(y:np.ndarray, p:np.ndarray, w:np.ndarray|None=None, # as i
     out = np.stack([(w @ answered)/w.sum(1), now, now-before, found, away, missed, recall[:,cls]], 1)
     return out if len(out) > 1 else out[0]
 
-# %% ../nbs/36_abstention.ipynb #a896c3cb
+# %% ../nbs/36_abstention.ipynb #28142808
 @dataclass(frozen=True)
 class Thresholds:
     "From which top probability on there is an answer, and what that did on the pictures it was chosen on"
@@ -123,9 +123,7 @@ class Thresholds:
     @classmethod
     def from_dict(cls, d:Mapping[str, Any])->Thresholds:
         "The inverse of `to_dict`"
-        number = lambda x: np.nan if x is None else float(x)
-        read = lambda v: Interval(number(v['value']), number(v['low']), number(v['high']), int(v['undefined']))
-        figures = {k: read(v) for k,v in d['figures'].items()}
+        figures = {k: Interval.from_dict(v) for k,v in d['figures'].items()}
         return cls(float(d['indeterminate']), float(d['coverage']), int(d['n']), figures)
     def __repr__(self)->str:
         lines = [f'answered from a top probability of {self.indeterminate:.3f}, chosen on {self.n} pictures']
@@ -505,7 +503,7 @@ def frame_share(im:Image.Image # RGB, upright
     rim[4:-4,4:-4] = False
     return float(pigmented(im)[rim].mean())
 
-# %% ../nbs/36_abstention.ipynb #ef42e3c6
+# %% ../nbs/36_abstention.ipynb #7588f6c2
 HAIR, CUT = .02, .05 # share of the picture under hair; share of the rim in the lesion
 
 def picture_notes(im:Image.Image, # RGB, upright
@@ -514,6 +512,7 @@ def picture_notes(im:Image.Image, # RGB, upright
     "`quality_notes`, and hair and a cut lesion"
     notes = quality_notes(im, size)
     if any('uniform' in n for n in notes): return notes
-    found = {'hair covers part of it': hair_lines(im).mean() > HAIR,
-             'the lesion may be cut by the frame': frame_share(im) > CUT}
+    square = squash(im, 224)[0] # what both look at
+    found = {'hair covers part of it': hair_lines(square).mean() > HAIR,
+             'the lesion may be cut by the frame': frame_share(square) > CUT}
     return notes + tuple(k for k,v in found.items() if v)

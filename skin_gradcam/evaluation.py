@@ -282,7 +282,7 @@ def lesion_draws(lesion_ids:Sequence[Any]|np.ndarray, # of each picture `[N]`
     k = int(which.max()) + 1
     return np.random.default_rng(seed).multinomial(k, np.full(k, 1/k), size=n).astype(float)[:,which]
 
-# %% ../nbs/24_evaluation.ipynb #95d0f741
+# %% ../nbs/24_evaluation.ipynb #bae0b1db
 @dataclass(frozen=True)
 class Interval:
     "A figure with its 95 % interval"
@@ -297,6 +297,11 @@ class Interval:
     def __float__(self)->float: return float(self.value)
     def to_dict(self)->dict:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in asdict(self).items()}
+    @classmethod
+    def from_dict(cls, d:Mapping[str, Any])->Interval:
+        "The inverse of `to_dict`"
+        value, low, high = (np.nan if d[k] is None else float(d[k]) for k in ('value', 'low', 'high'))
+        return cls(value, low, high, int(d['undefined']))
 
 # %% ../nbs/24_evaluation.ipynb #64c2fb5d
 def _interval(value:float, draws:np.ndarray)->Interval:
@@ -375,7 +380,7 @@ def say_difference(name_a:str, # what the figure was taken from
     v, low, high = (f'{round(x*100, 1)+0:.1f}' if points else f'{round(x, 3)+0:.3f}' for x in (value, *ends))
     return f"{name_a} over {name_b} by {v}{' points' if points else ''}, interval {low} to {high}: {verdict}"
 
-# %% ../nbs/24_evaluation.ipynb #3009352d
+# %% ../nbs/24_evaluation.ipynb #fd303212
 @dataclass(frozen=True, repr=False)
 class Evaluation(Mapping):
     "Every figure of a set of predictions with its interval; `ev['balanced_accuracy']` is an `Interval`"
@@ -399,9 +404,7 @@ class Evaluation(Mapping):
     @classmethod
     def from_dict(cls, d:Mapping[str, Any])->Evaluation:
         "The inverse of `to_dict`"
-        number = lambda x: np.nan if x is None else float(x)
-        read = lambda v: Interval(number(v['value']), number(v['low']), number(v['high']), int(v['undefined']))
-        metrics = {k: read(v) for k,v in d.items() if isinstance(v, Mapping)}
+        metrics = {k: Interval.from_dict(v) for k,v in d.items() if isinstance(v, Mapping)}
         return cls(metrics, d['confusion'], tuple(d['classes']), d['n'], d['n_lesions'], d['n_boot'], d['seed'])
 
 # %% ../nbs/24_evaluation.ipynb #85615f62

@@ -75,7 +75,7 @@ def by_gradient(rule:Callable[[Tensor,Tensor],Tensor] # of features and gradient
         for gs in gradients(rec, v): yield [rule(f, g) for f,g in zip(feats, gs)]
     return maps
 
-# %% ../nbs/30_gradcam.ipynb #2d7a74df
+# %% ../nbs/30_gradcam.ipynb #9559ae7e
 def _explains(module, features, logits):
     "The weight `[C,K]` of a linear layer if the pooled features through it are the logits"
     if not isinstance(module, nn.Linear) or module.weight.shape != (logits.shape[1], features.shape[1]): return None
@@ -97,7 +97,11 @@ def _linear_weight(rec, i):
     f, logits = rec.features[i], rec.logits.detach()
     return next((w for m in _last_first(rec.model) if (w := _explains(m, f, logits)) is not None), None)
 
-# %% ../nbs/30_gradcam.ipynb #86a39e6b
+def _slopes(features, weights, v):
+    "For each direction the gradient `[B,K,1,1]` of each layer, a weight of the linear layer over the number of cells"
+    for u in v: yield [(u @ w / f[0,0].numel())[...,None,None] for w,f in zip(weights, features)]
+
+# %% ../nbs/30_gradcam.ipynb #258143a1
 def linear_weights(rec:Record, # from `record`
                    v:Tensor # `[T,B,C]` from `directions`
                   )->Iterator[list[Tensor]]: # for each target: `[B,K,1,1]` for each layer
@@ -106,13 +110,14 @@ def linear_weights(rec:Record, # from `record`
     for name in [n for n,w in zip(rec.layers, weights) if w is None]:
         raise ValueError(f"method cam needs a head of global average pooling of '{name}' and one linear layer, "
                          'which this one is not: take hirescam')
-    for u in v: yield [(u @ w / f[0,0].numel())[...,None,None] for w,f in zip(weights, rec.features)]
+    yield from _slopes(rec.features, weights, v)
 
 def cam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "CAM (arXiv 1512.04150, eq. 2, over the number of cells)"
-    for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(rec.features, ws)]
+    feats = rec.features
+    for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(feats, ws)]
 
-# %% ../nbs/30_gradcam.ipynb #62ff8c78
+# %% ../nbs/30_gradcam.ipynb #0d464b27
 def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "Grad-CAM (arXiv 1610.02391), with the slopes read off the weights where the head is pooling and one linear layer"
     known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
@@ -120,8 +125,8 @@ def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     if w is None:
         yield from by_gradient(gradcam_map)(rec, v)
         return
-    f = rec.features[0]
-    for u in v: yield [hirescam_map(f, (u @ w / f[0,0].numel())[...,None,None])]
+    feats = rec.features
+    for slope, in _slopes(feats, [w], v): yield [hirescam_map(feats[0], slope)]
 
 # %% ../nbs/30_gradcam.ipynb #e9a83762
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class ModelStamp:
     def __str__(self)->str:
         return f'{self.name} ({self.arch}, {self.size} px, bundle {self.hash[:12]}, skin_gradcam {self.version})'
 
-# %% ../nbs/40_inference.ipynb #fb73cef4
+# %% ../nbs/40_inference.ipynb #5bc36c7c
 EXPLANATION_SCHEMA = 1 # raised when the meaning of a field of `Explanation.to_dict` changes
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +177,7 @@ class Explanation:
                )->Image.Image: "The map of a class over the picture"; return _overlay(self, cls, max_side, **kw)
     def plot(self, **kw:Any # for `display.show_maps`
             )->Figure: "Picture, the three maps and their scale as a figure"; return _plot(self, **kw)
-    def plot_contrast(self, this:str, that:str, # as for `contrast`
-                      **kw:Any # for `display.show_overlays`
+    def plot_contrast(self, this:str, that:str, **kw:Any # as for `contrast`; for `display.show_overlays`
                      )->Figure: "Both maps and their difference as a figure"; return _plot_contrast(self, this, that, **kw)
     def to_dict(self, maps:bool=False # with the raw maps as nested lists
                )->dict[str,Any]: "Plain values for JSON, with a schema version"; return _as_dict(self, maps)

@@ -85,13 +85,13 @@ def wrong_signature(session:Any, # `onnxruntime.InferenceSession`
             return f"gives no output {name} of float32 [B,{n}{',h,w' if name == 'maps' else ''}]; it gives {', '.join(gives)[:200]}"
     return ''
 
-# %% ../nbs/38_runtime.ipynb #edfcfdb5
+# %% ../nbs/38_runtime.ipynb #eba300e1
 class Runtime:
     "A bundle's network in onnxruntime: `[B,3,S,S]` in, logits `[B,C]` and signed maps `[B,C,h,w]` out"
     def __init__(self, session:Any, # `onnxruntime.InferenceSession`, checked
                  size:int # S, pixels
                 ):
-        self.session, self.size = session, size
+        self.session, self.size, self.outputs = session, size, [o.name for o in session.get_outputs()]
 
     def run(self, x:np.ndarray, # float32 `[B,3,S,S]`, normalised
             names:Sequence[str]=NEEDED # outputs that are wanted; only these are computed
@@ -100,9 +100,8 @@ class Runtime:
         x = np.ascontiguousarray(x, dtype=np.float32)
         if x.ndim != 4 or x.shape[1:] != (3, self.size, self.size):
             raise BackendError(f'the batch is {list(x.shape)}, must be [B,3,{self.size},{self.size}]')
-        known = [o.name for o in self.session.get_outputs()]
-        if missing := [n for n in names if n not in known]:
-            raise BackendError(f"no output {missing[0]}; there are {', '.join(known)}")
+        if missing := [n for n in names if n not in self.outputs]:
+            raise BackendError(f"no output {missing[0]}; there are {', '.join(self.outputs)}")
         return self.session.run(list(names), {'x': x})
 
     def __call__(self, x:np.ndarray)->tuple[np.ndarray,np.ndarray]:

@@ -6,12 +6,14 @@ the machine truly lacks the pictures or the browser, or the test states its cond
 """
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -63,6 +65,18 @@ def page(browser) -> Iterator:
     context = browser.new_context(viewport={'width': 1280, 'height': 900})
     yield context.new_page()
     context.close()
+
+
+def load_script(file: str) -> ModuleType:
+    "A script of `tools/` or `benchmarks/`, by its path in the repository, as a module"
+    path = ROOT / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                      # dataclasses and pickles look there
+    sys.path.insert(0, str(path.parent))                 # as if it was run
+    try: spec.loader.exec_module(module)
+    finally: sys.path.remove(str(path.parent))
+    return module
 
 
 def visit(page, file: Path, width: int, scheme: str) -> tuple[list[str], list[str]]:

@@ -3,14 +3,12 @@
 The gate's features take minutes to compute: `python tools/abstention_study.py` does it. Here a sample of the pictures
 goes through the same code.
 """
-import importlib.util
 import json
-import sys
 from functools import cache
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from skin_gradcam import abstention as A
 from skin_gradcam.bundle import default_bundle
@@ -23,12 +21,7 @@ def told() -> dict: return json.loads((ROOT / 'results/ham10000_abstention.json'
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('abstention_study', ROOT / 'tools/abstention_study.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script('tools/abstention_study.py')
 
 
 def test_thresholds_again(tool):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_script
 from disks import disk_of_1_mib
 from PIL import Image
 
@@ -26,26 +27,22 @@ from skin_gradcam.phantoms import draw_phantom
 ROOT = Path(__file__).resolve().parent.parent
 N = 24
 SLOW = """
-import sys, time, numpy as np
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from bulk_speed import stand_in
 from skin_gradcam.bulk import explain_bulk
 from skin_gradcam.bundle import default_bundle
 from skin_gradcam.inference import Explainer
-b = default_bundle().head()[1]
 def backend(x):
     time.sleep(.05)
-    cells = x.mean(1).reshape(len(x), 7, 32, 7, 32).mean((2, 4))
-    maps = np.stack([cells, -cells, cells**2], 1) / 49
-    return maps.sum((2, 3)) + b, maps
+    return stand_in(x)
 print('ready', flush=True)
 ex = Explainer(default_bundle(), backend)
 explain_bulk(ex, sys.argv[1], sys.argv[2], overlays=2, bs=2, per_shard=2, progress=False)
 """
 
 
-def backend(x):
-    cells = x.mean(1).reshape(len(x), 7, 32, 7, 32).mean((2, 4))
-    maps = np.stack([cells, -cells, cells**2], 1) / 49
-    return maps.sum((2, 3)) + default_bundle().head()[1], maps
+backend = load_script('benchmarks/bulk_speed.py').stand_in
 
 
 @pytest.fixture(scope='module')
@@ -65,6 +62,14 @@ def straight(pictures, tmp_path_factory):
     return out
 
 
+def slow_run(pictures: Path, out: Path) -> subprocess.Popen:
+    "A run that leaves time to kill it, once its imports are done"
+    command = [sys.executable, '-c', SLOW, str(pictures), str(out), str(ROOT / 'benchmarks')]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=out.parent, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert p.stdout.readline() == b'ready\n'
+    return p
+
+
 def same(a: Path, b: Path) -> bool:
     "Equal tables, equal maps, the same overlays"
     with np.load(a / 'maps.npz') as x, np.load(b / 'maps.npz') as y:
@@ -75,11 +80,9 @@ def same(a: Path, b: Path) -> bool:
 
 def test_killed_again_and_again(pictures, straight, tmp_path):
     "SIGKILL at several moments, then a run to the end: the files of a run that nobody disturbed"
-    out, command = tmp_path / 'out', [sys.executable, '-c', SLOW, str(pictures), str(tmp_path / 'out')]
-    grown = [0]
+    out, grown = tmp_path / 'out', [0]
     for wait in (.08, .2, .35):
-        p = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-        assert p.stdout.readline() == b'ready\n'
+        p = slow_run(pictures, out)
         time.sleep(wait)
         p.send_signal(signal.SIGKILL)
         assert p.wait() == -signal.SIGKILL
@@ -89,7 +92,7 @@ def test_killed_again_and_again(pictures, straight, tmp_path):
         assert len(keys) == len(set(keys)) and len(keys) >= grown[-1]
         grown.append(len(keys))
     assert 0 < grown[-1] < N
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert slow_run(pictures, out).wait() == 0
     assert same(out, straight)
     assert not [f for f in os.listdir(out) if f.startswith('.')]
 
@@ -136,9 +139,7 @@ def test_a_changed_picture_is_explained_again(pictures, tmp_path):
 
 
 def test_two_at_once(pictures, tmp_path):
-    command = [sys.executable, '-c', SLOW, str(pictures), str(tmp_path / 'out')]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-    assert p.stdout.readline() == b'ready\n'
+    p = slow_run(pictures, tmp_path / 'out')
     while not (tmp_path / 'out' / '.answers.lock').exists(): time.sleep(.005)
     with pytest.raises(BulkError, match='another process is writing there'):
         explain_bulk(Explainer(default_bundle(), backend), pictures, tmp_path / 'out', progress=False)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import os
 import random
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import load_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -712,9 +712,7 @@ def test_files_against_the_manifest(real_data, tmp_path):
 
 @pytest.mark.data
 def test_the_command_that_draws_the_roles(ham, real_data, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location('draw_roles', ROOT / 'tools/draw_roles.py')
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
+    command = load_script('tools/draw_roles.py')
     monkeypatch.setattr(command, 'read_kaggle', lambda folder: ham)
     assert command.main(['--check']) == 0
     assert command.main(['--out', str(tmp_path / 'new.csv')]) == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import load_script
 
 from skin_gradcam.bundle import default_bundle
 from skin_gradcam.cli import evaluate_bundle
@@ -104,14 +105,9 @@ def test_evaluate_drops_what_was_seen(real_data, tmp_path):
 @pytest.mark.data
 def test_resize_parity(real_data):
     "36 originals and their squashed copies: the same decision in at least 34, median change at most 0.1"
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from resize_parity import parity
-    finally:
-        sys.path.pop(0)
     from skin_gradcam.inference import Explainer
 
-    found = parity(Explainer.load(), real_data)
+    found = load_script("benchmarks/resize_parity.py").parity(Explainer.load(), real_data)
     assert found["n"] == 36
     assert found["same_decision"] >= 34 and found["median_change"] <= 0.1
 

@@ -45,7 +45,7 @@ DRAWN = 80  # pictures of each group that is drawn here
 COVERAGE, REFUSED, ALPHA = .8, .05, .1
 
 
-def manifest() -> Manifest: return Manifest.load(RESULTS / 'ham10000_roles.csv', '.')
+def manifest(folder: Path | str = '.') -> Manifest: return Manifest.load(RESULTS / 'ham10000_roles.csv', folder)
 
 
 def named(values: Any) -> dict[str, dict]: return dict(zip(A.SELECTIVE, [v.to_dict() for v in values]))
@@ -193,11 +193,11 @@ class Answers(NamedTuple):
 
 def moved(found: Path) -> Iterator[tuple[Picture, int]]:
     "Every second held-out picture from nearer (68 % of the side) and from farther away (68 % of the frame)"
-    m, at = manifest(), {p.stem: p for p in (found / 'ham10000').glob('HAM10000_images_part_*/*.jpg')}
+    m = manifest(found / 'ham10000')
     d = m.df[m.df.role.isin(['valid', 'calibration'])].iloc[::2]
     for name in MOVED:
-        for i, lesion, dx in zip(d.image_id, d.lesion_id, d.dx):
-            a = corrupted(np.asarray(open_picture(at[i])), name, 4)
+        for file, lesion, dx in zip(m.paths(d), d.lesion_id, d.dx):
+            a = corrupted(np.asarray(open_picture(file)), name, 4)
             yield Picture(name, lesion, Image.fromarray(a)), CLASSES.index(dx)
 
 
@@ -205,11 +205,12 @@ def real_pictures(found: Path) -> Iterator[tuple[Picture, int]]:
     "Roles, near strangers, and the originals at full size"
     import pandas as pd
     folder = found / 'ham10000'
-    m, at = manifest(), {p.stem: p for p in folder.glob('HAM10000_images_part_*/*.jpg')}
+    m = manifest(folder)
     d = m.df[m.df.role.isin(['train', 'valid', 'calibration'])]
-    for i, lesion, role, dx in zip(d.image_id, d.lesion_id, d.role, d.dx):
-        yield Picture(role, lesion, open_picture(at[i])), CLASSES.index(dx)
+    for file, lesion, role, dx in zip(m.paths(d), d.lesion_id, d.role, d.dx):
+        yield Picture(role, lesion, open_picture(file)), CLASSES.index(dx)
     yield from moved(found)
+    at = {p.stem: p for p in folder.glob('HAM10000_images_part_*/*.jpg')}
     table = pd.read_csv(folder / 'HAM10000_metadata.csv')
     for i, lesion, dx in table[table.dx.isin(NEAR)][['image_id', 'lesion_id', 'dx']].itertuples(index=False):
         yield Picture(dx, lesion, open_picture(at[i])), -1

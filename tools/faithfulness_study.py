@@ -67,8 +67,8 @@ class Study:
     def pictures(self, df: pd.DataFrame) -> Tensor:
         "Prepared as the model wants them, `[n,3,S,S]`"
         prep = self.net.preprocessing
-        def one(path): return to_input(squash(open_picture(self.root / path), prep.size)[0], prep.mean, prep.std)
-        return torch.from_numpy(np.stack([one(p) for p in df.path]))
+        def one(path): return to_input(squash(open_picture(path), prep.size)[0], prep.mean, prep.std)
+        return torch.from_numpy(np.stack([one(p) for p in self.manifest.paths(df)]))
 
     def mask(self, image_id: str) -> np.ndarray:
         file = self.root / 'HAM10000_segmentations_lesion_tschandl' / f'{image_id}_segmentation.png'
