@@ -24,27 +24,26 @@ __all__ = ['unwrap', 'quiet_forward', 'Spot', 'Tap', 'map_layout', 'Call', 'forw
            'Record', 'check_pictures', 'record', 'directions', 'gradients', 'gradient_is_flat', 'Traced', 'Tape',
            'head_of']
 
-# %% ../nbs/29_engine.ipynb #97b6ea4c
+# %% ../nbs/29_engine.ipynb #3d83d3ec
 def unwrap(model:Any # an `nn.Module`, a fastai `Learner`, or DataParallel or torch.compile around a module
           )->nn.Module: # the module that does the work
     "The module inside a Learner, DataParallel or compiled model. `ValueError` when there is none."
     if not isinstance(model, nn.Module): model = getattr(model, 'model', model)
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    model = getattr(model, '_orig_mod', model)
+    if isinstance(model, nn.Module): model = model._modules.get('_orig_mod', model)           # torch.compile around it
     if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule): return model
     raise ValueError(f'model is a {type(model).__name__}: give an eager nn.Module or a fastai Learner')
 
-# %% ../nbs/29_engine.ipynb #d1c7af68
+# %% ../nbs/29_engine.ipynb #350ed1f5
 _lock = threading.Lock()
 _held: dict[nn.Module, set[object]] = {}   # modules held in evaluation mode and for which calls; empty between calls
 
 def _hold(modules, call):
     "Evaluation mode for `call`, noted at each module that was in training mode when the first call came"
     with _lock:
-        for m in modules:
-            if m.training or _held and m in _held:
-                _held.setdefault(m, set()).add(call)
-                m.training = False
+        for m in [m for m in modules if m.training or m in _held]:
+            _held.setdefault(m, set()).add(call)
+            m.training = False
 
 def _release(modules, call):
     "Training mode again wherever `call` was the last one; doing it twice does no harm"
@@ -56,12 +55,11 @@ def _release(modules, call):
                 m.training = True
                 del _held[m]
 
-# %% ../nbs/29_engine.ipynb #d695dbe6
+# %% ../nbs/29_engine.ipynb #86fd7141
 def _all_modules(model):
     "The model and all modules in it, each once"
     found, waiting = {}, [model]
-    while waiting:
-        m = waiting.pop()
+    for m in waiting:                                   # which grows meanwhile
         if m is None or m in found: continue
         found[m] = True
         if m._modules: waiting.extend(m._modules.values())

@@ -75,14 +75,14 @@ def by_gradient(rule:Callable[[Tensor,Tensor],Tensor] # of features and gradient
         for gs in gradients(rec, v): yield [rule(f, g) for f,g in zip(feats, gs)]
     return maps
 
-# %% ../nbs/30_gradcam.ipynb #9559ae7e
+# %% ../nbs/30_gradcam.ipynb #08d8139a
 def _explains(module, features, logits):
     "The weight `[C,K]` of a linear layer if the pooled features through it are the logits"
     if not isinstance(module, nn.Linear) or module.weight.shape != (logits.shape[1], features.shape[1]): return None
     weight, pooled = module.weight.detach().float(), features.mean((-2,-1))
-    bias = 0. if module.bias is None else module.bias.detach().float()
-    gap = (pooled @ weight.T + bias - logits.float()).abs().max()
-    size = (pooled.abs() @ weight.T.abs()).max() + logits.abs().max()
+    bias = None if module.bias is None else module.bias.detach().float()
+    gap = (F.linear(pooled, weight, bias) - logits.float()).abs().max()
+    size = F.linear(pooled.abs(), weight.abs()).max() + logits.abs().max()
     return weight if gap <= (1e-4 if logits.dtype.itemsize >= 4 else 3e-2) * size else None
 
 def _last_first(model):
@@ -117,7 +117,7 @@ def cam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     feats = rec.features
     for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(feats, ws)]
 
-# %% ../nbs/30_gradcam.ipynb #0d464b27
+# %% ../nbs/30_gradcam.ipynb #b4088d52
 def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "Grad-CAM (arXiv 1610.02391), with the slopes read off the weights where the head is pooling and one linear layer"
     known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
@@ -125,8 +125,9 @@ def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     if w is None:
         yield from by_gradient(gradcam_map)(rec, v)
         return
-    feats = rec.features
-    for slope, in _slopes(feats, [w], v): yield [hirescam_map(feats[0], slope)]
+    f = rec.features[0]
+    cells, shape = f.flatten(2), f.shape[2:]
+    for slope in v @ w / shape.numel(): yield [(slope[:,None] @ cells).unflatten(2, shape)[:,0]]
 
 # %% ../nbs/30_gradcam.ipynb #e9a83762
 @dataclass(frozen=True)
