@@ -117,7 +117,7 @@ def cam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     feats = rec.features
     for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(feats, ws)]
 
-# %% ../nbs/30_gradcam.ipynb #b4088d52
+# %% ../nbs/30_gradcam.ipynb #b4df0eab
 def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "Grad-CAM (arXiv 1610.02391), with the slopes read off the weights where the head is pooling and one linear layer"
     known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
@@ -126,8 +126,7 @@ def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
         yield from by_gradient(gradcam_map)(rec, v)
         return
     f = rec.features[0]
-    cells, shape = f.flatten(2), f.shape[2:]
-    for slope in v @ w / shape.numel(): yield [(slope[:,None] @ cells).unflatten(2, shape)[:,0]]
+    for slope in v @ w / f[0,0].numel(): yield [hirescam_map(f, slope[...,None,None])]
 
 # %% ../nbs/30_gradcam.ipynb #e9a83762
 @dataclass(frozen=True)
