@@ -129,3 +129,15 @@ def test_explain_originals(real_data, tmp_path):
     with np.load(out / "maps.npz") as maps:
         assert set(maps.files) == set(rows.image)
         assert maps[photos.image.iloc[0]].shape[0] == 3
+
+
+def test_study_is_what_the_answers_give():
+    "`results/ham10000_study.json`, calculated once more from the committed answers of each fold"
+    study, stored = load_script("tools/study.py"), result("ham10000_study.json")
+    told = study.study_figures(study.read_plan(study.PLAN), study.manifest("roles"), RESULTS / "trials")
+    for key in ("manifest", "n", "missing", "chosen", "why"):
+        assert told[key] == stored[key]
+    for new, old in zip(told["board"], stored["board"], strict=True):
+        assert new["trial"] == old["trial"]
+        for k in ("balanced_accuracy", "macro_auroc", "ece"):
+            assert new[k] == pytest.approx(old[k], abs=1e-9)
