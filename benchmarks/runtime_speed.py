@@ -134,7 +134,7 @@ def answers(run, files: list[Path], bundle) -> tuple[np.ndarray, np.ndarray]:
     "Logits and maps of all files"
     i = bundle.info
     parts = [run(x) for x in batches(files, i.size, i.mean, i.std)]
-    return np.concatenate([z for z, _ in parts]), np.concatenate([m for _, m in parts])
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
 def agreement(a: tuple, b: tuple, temperature: float) -> dict:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .bundle import MODEL, ONNX, Bundle, add_files
 from .lesions import CLASSES, DISCLAIMER
 from .models import LesionNet, model_from_bundle
+from .runtime import load_onnxruntime
 
 # %% auto #0
 __all__ = ['INPUT', 'OUTPUTS', 'TOLERANCE', 'ExportError', 'WithMaps', 'rounded', 'anonymous', 'traced', 'halve', 'bundle_notes',
@@ -155,7 +156,7 @@ def differences(data:bytes, # an ONNX file
                 size:int=224 # S of the noise
                )->dict[str,float]: # by output, 0 for the same
     "The largest differences, as a share of the largest value, between an ONNX file under onnxruntime and a network"
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
     if x is None: x = np.random.default_rng(0).standard_normal((3, 3, size, size), dtype=np.float32)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
@@ -209,17 +210,17 @@ class _Calibration:
 
 def _fused(data:bytes, file:Path)->None:
     "Write the file as the engine simplifies it: casts done, batch normalisation inside the convolutions"
-    import onnxruntime
+    onnxruntime = load_onnxruntime()
     o = onnxruntime.SessionOptions()
     o.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     o.optimized_model_filepath, o.log_severity_level, o.intra_op_num_threads = str(file), 3, 1
     onnxruntime.InferenceSession(data, o, providers=['CPUExecutionProvider'])
 
-# %% ../nbs/37_onnx_export.ipynb #b79053f6
+# %% ../nbs/37_onnx_export.ipynb #ac661a74
 def quantize_onnx(data:bytes, # as `export_onnx` gives it
                   calibration:Iterable[np.ndarray] # float32 `[B,3,S,S]` batches, normalised; 50 to 200 pictures in all
                  )->bytes: # raises `ExportError` without a picture
-    "The network with the convolutions of its backbone in eight-bit integers"
+    "The network with the convolutions of its backbone in eight-bit integers; not for decisions, see its loss"
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     batches = [b for b in calibration if len(b)]

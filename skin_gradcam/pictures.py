@@ -347,17 +347,19 @@ def to_input(im:Image.Image, # squashed, RGB
 
 # %% ../nbs/04_pictures.ipynb #26081591
 def quality_notes(im:Image.Image, # RGB, upright
-                  size:int=224 # side of the square that the model sees, pixels
+                  size:int=224, # side of the square that the model sees, pixels
+                  square:Image.Image|None=None # the picture squashed to 224 pixels, where it is at hand already
                  )->tuple[str,...]: # remarks for people, empty for a picture without fault
     "What may make an answer about this picture unreliable"
-    a = np.asarray(squash(im, 224)[0], dtype=np.float32)
-    grey = a@np.array([.299, .587, .114], np.float32)
+    r,g,b = (np.asarray(c) for c in (square or squash(im, 224)[0]).split())
+    grey = r*np.float32(.299) + g*np.float32(.587) + b*np.float32(.114)
     edges = np.abs(4*grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).mean()
-    low,high = np.percentile(grey, (1, 99))
+    low,high = np.bincount(grey.astype(np.uint8).ravel()).cumsum().searchsorted((.01*grey.size, .99*grey.size))
     if high-low < 20: return ('the picture is almost uniform',)
+    top = np.maximum(np.maximum(r, g), b)
     found = {f'only {im.width}x{im.height} pixels, the model sees {size}x{size}': min(im.size) < .7*size,
              'very dark': grey.mean() < 60, 'very bright': grey.mean() > 235,
-             'almost without colour': np.ptp(a, axis=2).mean() < 5, 'blurred': edges < 1.4,
+             'almost without colour': (top - np.minimum(np.minimum(r, g), b)).mean() < 5, 'blurred': edges < 1.4,
              'far from the 4:3 frame the model knows': not 1/2 <= im.width/im.height <= 2.1,
-             'a large part is black': (a.max(2) < 12).mean() > .25}
+             'a large part is black': (top < 12).mean() > .25}
     return tuple(k for k,v in found.items() if v)

@@ -14,8 +14,8 @@ import numpy as np
 from .bundle import MODEL, ONNX, Bundle
 
 # %% auto #0
-__all__ = ['NEEDED', 'BackendError', 'has_runtime', 'cores', 'open_session', 'foreign_notes', 'wrong_signature', 'Runtime',
-           'runtime_backend']
+__all__ = ['NEEDED', 'BackendError', 'has_runtime', 'load_onnxruntime', 'cores', 'open_session', 'foreign_notes',
+           'wrong_signature', 'Runtime', 'runtime_backend']
 
 # %% ../nbs/38_runtime.ipynb #a9d8e50a
 class BackendError(ValueError):
@@ -25,8 +25,9 @@ def has_runtime()->bool: # without importing it
     "Is onnxruntime installed?"
     return importlib.util.find_spec('onnxruntime') is not None
 
-def _onnxruntime()->Any:
-    "The package, or an error that says how to get it"
+def load_onnxruntime()->Any: # raises `BackendError`
+    "The package, with its telemetry off, or an error that says how to get it"
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')   # read when the package is imported
     try: import onnxruntime
     except ImportError as e:
         raise BackendError(f"onnxruntime cannot be imported ({e}): pip install onnxruntime, or use backend='torch'") from None
@@ -45,7 +46,7 @@ def open_session(data:bytes, # an ONNX file
     "Load a network into onnxruntime, on the CPU"
     n = cores() if threads is None else threads
     if n < 1: raise BackendError(f'threads={threads}: must be at least 1, or None for all cores')
-    ort = _onnxruntime()
+    ort = load_onnxruntime()
     o = ort.SessionOptions()
     o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = n, 1, 4
     try: return ort.InferenceSession(data, o, providers=['CPUExecutionProvider'])
@@ -85,9 +86,9 @@ def wrong_signature(session:Any, # `onnxruntime.InferenceSession`
             return f"gives no output {name} of float32 [B,{n}{',h,w' if name == 'maps' else ''}]; it gives {', '.join(gives)[:200]}"
     return ''
 
-# %% ../nbs/38_runtime.ipynb #eba300e1
+# %% ../nbs/38_runtime.ipynb #ee37c280
 class Runtime:
-    "A bundle's network in onnxruntime: `[B,3,S,S]` in, logits `[B,C]` and signed maps `[B,C,h,w]` out"
+    "A bundle's network in onnxruntime: `[B,3,S,S]` in, logits `[B,C]`, signed maps `[B,C,h,w]`, features `[B,K]` out"
     def __init__(self, session:Any, # `onnxruntime.InferenceSession`, checked
                  size:int # S, pixels
                 ):
@@ -104,9 +105,10 @@ class Runtime:
             raise BackendError(f"no output {missing[0]}; there are {', '.join(self.outputs)}")
         return self.session.run(list(names), {'x': x})
 
-    def __call__(self, x:np.ndarray)->tuple[np.ndarray,np.ndarray]:
-        logits, maps = self.run(x, ('logits', 'maps'))
-        return logits, maps
+    def __call__(self, x:np.ndarray)->tuple[np.ndarray,...]:
+        return tuple(self.run(x, ('logits', 'maps', *(['features'] if self.has_features else []))))
+    @property
+    def has_features(self)->bool: "Can the gate look at this file's features?"; return 'features' in self.outputs
     def __repr__(self)->str:
         return f'Runtime(onnxruntime, {self.size} px, {self.session.get_session_options().intra_op_num_threads} threads)'
 

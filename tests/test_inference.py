@@ -3,18 +3,31 @@ import gc
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors.numpy import save
 
-from skin_gradcam.bundle import BundleError, BundleInfo, default_bundle, load_bundle, write_bundle
+from skin_gradcam.abstention import calibrate_gate, fit_gate
+from skin_gradcam.bundle import (
+    GATE,
+    ONNX,
+    BundleError,
+    BundleInfo,
+    add_files,
+    default_bundle,
+    load_bundle,
+    write_bundle,
+)
 from skin_gradcam.inference import (
     Explainer,
     Explanation,
@@ -23,12 +36,17 @@ from skin_gradcam.inference import (
     ahead,
     list_pictures,
     path_names,
+    prepare,
     safe_name,
+    turn,
     write_predictions,
 )
 from skin_gradcam.lesions import CLASSES, DECISIONS
+from skin_gradcam.phantoms import draw_phantom
 from skin_gradcam.pictures import Limits, PictureError
+from skin_gradcam.runtime import BackendError
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZE, CELLS = 32, 4
 
 
@@ -158,7 +176,8 @@ def test_hostile_names(explainer, tmp_path):
     written = [p for p in tmp_path.rglob('*') if p.is_file()]
     assert all(p.is_relative_to(tmp_path/'deep'/'out') for p in written)
     assert len([p for p in written if p.parent.name == 'overlays']) == len(names)
-    assert '<script>' not in (tmp_path/'deep'/'out'/'report.html').read_text('utf-8')
+    page = (tmp_path/'deep'/'out'/'report.html').read_text('utf-8')
+    assert '<script>.jpg' not in page and '&lt;script&gt;.jpg' in page
     for a in answers:
         f = a.save(tmp_path/'saved')
         assert f.parent == tmp_path/'saved' and json.loads(f.read_text('utf-8'))['decision'] == a.decision
@@ -360,3 +379,193 @@ def test_the_bundle_that_ships():
         pytest.skip(f'{e}')
     e = Explainer.load(bundle)(noise(0))
     assert np.allclose(e.maps.sum((1, 2)) + e.bias, e.logits, atol=1e-4)
+
+
+# ---------------------------------------------------------------- gate, views, prior, notes, threads
+
+@pytest.fixture(scope='module')
+def gated(tmp_path_factory):
+    "A little network with its ONNX file, a gate fitted on drawings, and what eight views need"
+    torch = pytest.importorskip('torch')
+    from skin_gradcam.models import create_model, model_tensors
+    from skin_gradcam.onnx_export import add_onnx
+    torch.manual_seed(0)
+    net = create_model('test_efficientnet', pretrained=False).eval()
+    info = tiny_info(arch='test_efficientnet', size=96, thresholds=dict(indeterminate=.2),
+                     eight_views=dict(temperature=1.5, indeterminate=.1))
+    b = add_onnx(write_bundle(tmp_path_factory.mktemp('gated')/'b', model_tensors(net), info))
+    drawn = [drawing(i) for i in range(60)]
+    run = Explainer(b, 'runtime').backend
+    z, _, f = run(np.stack([prepare(im, '', b).x for im in drawn]))
+    y = np.arange(60) % 3
+    gate = calibrate_gate(fit_gate('mahalanobis', f[:36], z[:36], y[:36], rank=4), f[36:], z[36:])
+    return add_files(b, {GATE: save(gate.to_arrays())})
+
+
+def drawing(seed):
+    return draw_phantom(CLASSES[seed % 3], seed=seed, width=120, height=90).picture
+
+
+STATIC = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+
+
+@pytest.mark.parametrize('backend', ['runtime', 'torch'])
+def test_both_backends_refuse_the_same_pictures(gated, backend):
+    one, other = Explainer.load(gated, backend), Explainer.load(gated, 'torch' if backend == 'runtime' else 'runtime')
+    for im in [drawing(i) for i in range(70, 78)] + [STATIC]:
+        a, b = one(im), other(im)
+        assert a.decision == b.decision and a.strange_above == b.strange_above
+        assert a.strangeness == pytest.approx(b.strangeness, rel=1e-2)
+    assert one(STATIC).decision == 'not_dermoscopic' and one(STATIC).strangeness > one(STATIC).strange_above
+    free = Explainer.load(gated, backend, gate=False)(STATIC)
+    assert free.decision in (*CLASSES, 'indeterminate') and free.strangeness is free.strange_above is None
+
+
+@pytest.mark.parametrize('backend', ['runtime', 'torch'])
+@pytest.mark.parametrize('views', [1, 8])
+def test_eight_threads_answer_as_one(gated, backend, views):
+    "Gate, notes, maps and probabilities, whatever the other threads ask"
+    ex = Explainer.load(gated, backend, views=views, prior=(.8, .1, .1))
+    pictures = [*map(drawing, range(70, 77)), STATIC]
+    serial = [ex(im).to_dict(maps=True) for im in pictures]
+    start = threading.Barrier(8)
+
+    def work(shift):
+        start.wait(30)
+        return [ex(pictures[(i+shift) % 8]).to_dict(maps=True) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for shift, got in enumerate(pool.map(work, range(8))):
+            for i, d in enumerate(got):
+                want = serial[(i+shift) % 8]
+                assert (d['decision'], d['notes'], d['views']) == (want['decision'], want['notes'], views)
+                assert d['probabilities'] == pytest.approx(want['probabilities'], abs=1e-5)
+                np.testing.assert_allclose(d['map']['values'], want['map']['values'], atol=1e-5)
+
+
+def test_every_kind_of_source_gives_the_same_answer(gated, tmp_path):
+    "A path, text, bytes, an open file, an array, a PIL picture; one, a list, a folder, a generator"
+    ex, im = Explainer.load(gated), drawing(71)
+    data = png(im)
+    (tmp_path/'in').mkdir()
+    file = tmp_path/'in'/'a.png'
+    file.write_bytes(data)
+    single = [file, str(file), data, bytearray(data), memoryview(data), io.BytesIO(data), np.asarray(im), im]
+    want = ex(im)
+    for s in single:
+        assert np.allclose(ex(s).p, want.p, atol=1e-6), type(s)
+    with open(file, 'rb') as f:
+        assert ex(f).name == 'a.png'
+    for many in (file, tmp_path/'in', str(tmp_path/'in'), [file], [im], (s for s in [data]), [('named', data)], data):
+        answers = ex.batch(many)
+        assert len(answers) == 1 and np.allclose(answers[0].p, want.p, atol=1e-6), type(many)
+    with open(file, 'rb') as f:
+        assert ex.batch(f)[0].name == 'a.png'
+    assert [a.name for a in ex.batch(tmp_path/'in')] == ['a.png']
+    assert [a.decision for a in ex.batch([tmp_path/'nowhere.png', None, 3])] == ['unreadable']*3
+
+
+def test_a_stranger_is_named_nowhere(gated, tmp_path):
+    "Table, words, alt text, card and files of a picture that the gate refuses: no class, no overlay"
+    ex = Explainer.load(gated)
+    answers = [ex(drawing(71), name='lesion'), ex(STATIC, name='cat')]
+    assert [a.decision == 'not_dermoscopic' for a in answers] == [False, True]
+    df = pd.read_csv(write_predictions(answers, tmp_path/'out', overlays='all'), keep_default_na=False)
+    assert df.decision[1] == 'not_dermoscopic' and (df.top[1], df.margin[1], df.overlay[1]) == ('', '', '')
+    assert 'strangeness' in df.reason[1] and df.p_mel[1] != '' and list(df.columns)[-1] == 'notes'
+    cat = answers[1]
+    for text in (cat.words, cat.alt_text, str(cat)):
+        assert 'ot dermoscopic' in text and not any(n in text for n in ('nevus', 'keratosis', '(nv)', '(mel)', '(bkl)'))
+    d = cat.to_dict()
+    assert d['usable'] is False and 'not to be used' in d['remarks'][0]
+    assert cat._repr_html_().count('<img') == 1
+    cat.save(tmp_path/'saved')
+    assert os.listdir(tmp_path/'saved') == ['cat.json']
+
+
+def test_eight_views_do_not_care_how_the_picture_lies(gated):
+    "A square picture, turned and mirrored: the same logits, and maps that turn with it"
+    ex = Explainer.load(gated, views=8)
+    a = np.asarray(drawing(70).resize((96, 96)))
+    want = ex(a)
+    assert (want.views, want.temperature, want.threshold) == (8, 1.5, .1)
+    for k in range(8):
+        got = ex(np.ascontiguousarray(turn(a.transpose(2, 0, 1), k).transpose(1, 2, 0)))
+        np.testing.assert_allclose(got.logits, want.logits, atol=1e-4)
+        np.testing.assert_allclose(got.maps, turn(want.maps, k), atol=1e-4)
+    assert np.allclose(want.maps.sum((1, 2)) + want.bias, want.logits, atol=1e-4)
+    plain = Explainer.load(gated)(a)
+    assert not np.allclose(plain.logits, want.logits, atol=1e-3)
+    assert plain.strangeness == pytest.approx(want.strangeness, rel=1e-4)
+
+
+def test_a_prior_moves_the_probabilities_and_nothing_else(gated):
+    im = drawing(72)
+    plain, moved = Explainer.load(gated)(im), Explainer.load(gated, prior=dict(nv=.9, bkl=.08, mel=.02))(im)
+    odds = (moved.p/plain.p)/(moved.p/plain.p)[0]
+    assert np.allclose(odds, [1, .08/.9, .02/.9]) and np.array_equal(plain.maps, moved.maps)
+    assert np.allclose(Explainer.load(gated, prior=(1/3, 1/3, 1/3))(im).p, plain.p)
+    for bad in ({}, [1, 0, 0], dict(nv=1), (.5, .5, .5), 'nv', [np.inf, 0, 0], dict(nv='a', bkl=0, mel=0)):
+        with pytest.raises(ValueError, match='give a share above 0 for each of nv, bkl, mel'):
+            Explainer.load(gated, prior=bad)
+
+
+def test_notes_reach_the_table(gated, tmp_path):
+    soft = drawing(70).resize((12, 9)).resize((120, 90))
+    e = Explainer.load(gated)(soft)
+    assert 'blurred' in e.notes and e.to_dict()['notes'] == list(e.notes) and 'blurred' in str(e)
+    df = pd.read_csv(write_predictions([e], tmp_path), keep_default_na=False)
+    assert df.notes[0] == '; '.join(e.notes)
+
+
+def test_a_file_without_features_and_a_gate(gated, tmp_path):
+    "An ONNX file of an earlier day: the gate cannot look, and that is said rather than passed over"
+    onnx = pytest.importorskip('onnx')
+    proto = onnx.load_from_string(gated.read(ONNX))
+    kept = [o for o in proto.graph.output if o.name != 'features']
+    del proto.graph.output[:]
+    proto.graph.output.extend(kept)
+    shutil.copytree(gated.folder, tmp_path/'old')
+    old = add_files(load_bundle(tmp_path/'old'), {ONNX: proto.SerializeToString()})
+    with pytest.raises(BackendError, match='gives no features for the gate'):
+        Explainer.load(old)
+    assert Explainer.load(old, gate=False)(drawing(70)).strangeness is None
+    assert Explainer.load(old, 'torch')(drawing(70)).strangeness is not None
+
+
+@pytest.mark.parametrize('out', [lambda z, m, f: (z, m, f[:, :5]), lambda z, m, f: (z, m, f*np.nan)])
+def test_a_backend_with_wrong_features_is_refused(gated, out):
+    run = Explainer.load(gated).backend
+    with pytest.raises(ValueError, match='features'):
+        Explainer(gated, lambda x: out(*run(x)))(drawing(70))
+
+
+def test_the_gate_that_ships_is_the_one_of_the_study():
+    "Kind and limit, and no more than 5 % refused of what set the limit"
+    with open(ROOT/'results'/'ham10000_gate.json') as f: told = json.load(f)
+    with open(ROOT/'results'/'ham10000_abstention.json') as f: study = json.load(f)['gate']
+    b = default_bundle()
+    rules = Explainer.load(b, views=8).rules
+    assert told['weights'] == b.info.files['model.safetensors'] == study['weights']
+    assert rules.gate.kind == told['gate']['kind'] == study['ships']
+    assert rules.gate.threshold == told['gate']['limit'] == pytest.approx(study['threshold'][study['ships']], rel=1e-4)
+    assert told['gate']['refused'] <= .05 and rules.gate.nbytes <= 500_000
+    eight = told['eight_views']
+    assert (rules.temperature, rules.threshold) == (eight['temperature'], eight['indeterminate'])
+    assert GATE in b.read('MODEL_CARD.md').decode()
+
+
+@pytest.mark.data
+def test_the_gate_on_real_originals(real_data):
+    "36 photographs as they were taken: at most four are refused, and those that are, are marked"
+    answers = Explainer.load().batch(real_data/'originals_600x450', keep_side=0)
+    refused = [a for a in answers if a.decision == 'not_dermoscopic']
+    assert len(answers) == 36 and len(refused) <= 4
+    assert all(a.strangeness > a.strange_above and not a.usable for a in refused)
+
+
+def test_the_import_stays_light():
+    "scipy, matplotlib, torch and onnxruntime wait until they are needed"
+    code = ("import sys, skin_gradcam.inference\n"
+            "bad = {'scipy', 'matplotlib', 'torch', 'onnxruntime', 'sklearn'} & set(sys.modules)\n"
+            "assert not bad, bad")
+    subprocess.run([sys.executable, '-c', code], check=True)

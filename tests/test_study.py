@@ -124,7 +124,8 @@ def test_explain_originals(real_data, tmp_path):
     photos = rows[~rows.image.str.contains("segmentation")]
     assert len(photos) == 36
     assert np.allclose(photos[["p_nv", "p_bkl", "p_mel"]].sum(axis=1), 1, atol=1e-4)
-    assert len(list((out / "overlays").iterdir())) == min(50, len(rows))
+    usable = ~rows.decision.isin(["not_dermoscopic", "unreadable"])  # the others have a row with the reason, no overlay
+    assert usable.sum() >= 34 and len(list((out / "overlays").iterdir())) == usable.sum()
     assert (out / "report.html").stat().st_size > 10_000
     with np.load(out / "maps.npz") as maps:
         assert set(maps.files) == set(rows.image)

@@ -16,25 +16,27 @@ from skin_gradcam.onnx_export import export_onnx
 CARD, TABLE = "MODEL_CARD.md", "| file | SHA-256 |\n|---|---|\n"
 
 
-def card_with(bundle: Bundle, data: bytes) -> str:
-    "The bundle's card with the ONNX file in its list of files"
+def card_with(bundle: Bundle, files: dict[str, bytes]) -> dict[str, bytes]:
+    "The bundle's card with further files in its list of files; empty for a bundle without a card"
+    if CARD not in bundle.info.files:
+        return {}
     text = bundle.read(CARD).decode()
     if text.count(TABLE) != 1:
         raise SystemExit(f"{bundle.folder / CARD}: has no list of files; write the card again with model_card")
-    listed = {n: s for n, s in bundle.info.files.items() if n != CARD} | {ONNX: hashlib.sha256(data).hexdigest()}
+    listed = {n: s for n, s in bundle.info.files.items() if n != CARD}
+    listed |= {n: hashlib.sha256(data).hexdigest() for n, data in files.items()}
     rows = "".join(f"| {n} | `{s}` |\n" for n, s in listed.items())
     before, after = text.split(TABLE)
     rest = after.splitlines(keepends=True)
     while rest and rest[0].startswith("|"):
         rest.pop(0)
-    return before + TABLE + rows + "".join(rest)
+    return {CARD: (before + TABLE + rows + "".join(rest)).encode()}
 
 
 def add(bundle: Bundle) -> Bundle:
     "The bundle with its ONNX file and a card that lists it"
     data = export_onnx(bundle)
-    card = {CARD: card_with(bundle, data).encode()} if CARD in bundle.info.files else {}
-    done = add_files(bundle, {ONNX: data, **card})
+    done = add_files(bundle, {ONNX: data, **card_with(bundle, {ONNX: data})})
     if done.info.files[MODEL] != bundle.info.files[MODEL]:
         raise SystemExit(f"{bundle.folder}: the weights changed")
     print(f"{bundle.folder.name}: {ONNX} of {len(data) / 1e6:.2f} MB; the bundle is now {done.hash[:12]}")
