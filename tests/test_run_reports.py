@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pypdfium2
 import pytest
 from bs4 import BeautifulSoup
 from conftest import visit
 from PIL import Image
 from test_inference import numpy_backend, tiny_bundle
 from test_reports import CONTRAST, EVIL
+from test_reports_browser import CLIPPED, violations
 
 from skin_gradcam.assessment import Assessment, assess
 from skin_gradcam.data import draw_manifest
@@ -80,25 +82,32 @@ def page_file(run, assessed, losses, tmp_path_factory):
 def test_it_fits_its_window_and_asks_nobody(page, page_file, width, scheme):
     asked, said = visit(page, page_file, width, scheme)
     assert [u for u in asked if not u.startswith('data:')] == [page_file.as_uri()] and said == []
-    assert page.title() != 'owned' and page.locator('script').count() == 0
+    assert page.title() != 'owned' and page.locator('script').count() == 1
     assert page.locator('.plot svg').count() == 6
     assert page.evaluate('[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)')
     assert page.locator('[role=note]').bounding_box()['y'] < 800
     assert page.evaluate(CONTRAST) == []
+    if (width, scheme) in ((1280, 'light'), (320, 'dark')): assert violations(page) == []
 
 
 @pytest.mark.browser
 def test_it_prints(page, page_file):
-    page.goto(page_file.as_uri())
     page.emulate_media(media='print', color_scheme='dark')
-    assert page.pdf(format='A4').startswith(b'%PDF')
+    page.set_viewport_size(dict(width=688, height=900))     # the width that A4 leaves between its margins
+    page.goto(page_file.as_uri())
+    assert page.evaluate(CLIPPED) == []
+    pdf = pypdfium2.PdfDocument(page.pdf(format='A4'))
+    text = ' '.join(' '.join(p.get_textpage().get_text_bounded() for p in pdf).split())
+    assert 2 < len(pdf) < 20 and 'Where it was most wrong' in text and 'This is not a medical device' in text
+    first = np.asarray(pdf[0].render(scale=.5).to_pil().convert('RGB'))
+    assert (first[[0, -1]] == 255).all() and (first[:, [0, -1]] == 255).all() and np.median(first) == 255
 
 
 def test_names_are_escaped_everywhere(page_file, assessed, losses, tmp_path):
     bad = [Loss(EVIL, l.picture, l.p, l.maps, l.truth) for l in losses[:1]]
     for f in (page_file, assessment_report(assessed, tmp_path/'a.html', bad, EVIL)):
         soup = BeautifulSoup(f.read_text('utf-8'), 'html.parser')
-        assert not soup.find('script')
+        assert len(soup.find_all('script')) == 1
         assert not [a for tag in soup.find_all(True) for a in tag.attrs if a.startswith('on')]
         ids = [t['id'] for t in soup.find_all(id=True)]
         assert len(ids) == len(set(ids))
