@@ -16,6 +16,7 @@ import click
 from . import __version__
 from .data_cli import data_commands
 from .runs_cli import runs_commands
+from .serve_cli import serve_command
 from .trials_cli import trial_commands
 from .lesions import CLASSES, DISCLAIMER
 
@@ -53,7 +54,7 @@ def main()->None:
     For research and education; not a medical device.
     """
 
-for group in (data_commands, runs_commands, trial_commands): main.add_command(group)
+for group in (data_commands, runs_commands, trial_commands, serve_command): main.add_command(group)
 
 # %% ../nbs/70_cli.ipynb #3faed633
 def load_recipe(file:str|Path|None=None, # JSON file of a `Recipe`, or None for the default
@@ -195,28 +196,35 @@ def _how_many(option:str, said:str, **words:int|None # what may be said instead 
     if said.isdigit(): return int(said)
     raise click.UsageError(f'{option} {said!r}: give a number of 0 or more, or ' + ' or '.join(f'"{w}"' for w in words))
 
-# %% ../nbs/70_cli.ipynb #a71d6009
+# %% ../nbs/70_cli.ipynb #6db31d8a
 @main.command()
 @click.argument('pictures', nargs=-1, required=True, type=click.Path(exists=True))
 @click.option('--bundle', type=click.Path(exists=True, file_okay=False), help='Bundle folder; without it the model that ships.')
 @click.option('--out', type=click.Path(file_okay=False), default='explained', show_default=True, help='Folder for the results.')
 @click.option('--overlays', default='50', show_default=True, help='How many overlay pictures (and report entries): a number or "all".')
-def explain(pictures:tuple[str, ...], bundle:str|None, out:str, overlays:str)->None:
+@click.option('--views', default='1', show_default=True, type=click.Choice(['1', '8']), help='8 averages all flips and quarter turns of a picture, for eight times the work.')
+@click.option('--prior', metavar='nv=A,bkl=B,mel=C', help='Shares of the classes where the answers will be used, such as nv=.9,bkl=.08,mel=.02.  [default: a third each]')
+@click.option('--no-gate', is_flag=True, help='Name a class also for pictures that are unlike those of the training.')
+def explain(pictures:tuple[str, ...], bundle:str|None, out:str, overlays:str, views:str, prior:str|None, no_gate:bool)->None:
     """Explain pictures or folders of pictures.
 
     Writes predictions.csv, maps.npz, overlay pictures and report.html to --out.
     A run that was stopped goes on where it was when the same command is given again.
+
+    The decision is a class, "indeterminate" where none is probable enough, "not_dermoscopic" where the bundle's gate finds the picture
+    unlike those of the training, or "unreadable".
     """
     from skin_gradcam.bulk import explain_bulk
-    from skin_gradcam.inference import Explainer, list_pictures
+    from skin_gradcam.inference import Explainer
     n = _how_many('--overlays', overlays, all=None)
-    files = [f for p in pictures for f in list_pictures(p)]
-    table = explain_bulk(Explainer.load(bundle), files, out, overlays=n)
+    explainer = Explainer.load(bundle, gate=not no_gate, views=int(views), prior=prior)
+    table = explain_bulk(explainer, list(pictures), out, overlays=n)
     import pandas as pd
     decisions = pd.read_csv(table, keep_default_na=False).decision.value_counts()
     click.echo(', '.join(f'{k} {v}' for k,v in decisions.items()))
     click.echo(f'{table}\n{Path(out)/"report.html"}\n{DISCLAIMER}')
-    if set(decisions.index)=={'unreadable'}: raise ValueError(f'none of the {len(files)} pictures could be read: see the column reason in {table}')
+    if set(decisions.index)=={'unreadable'}: raise ValueError(f'none of the {sum(decisions)} pictures could be read: see the column reason in {table}')
+
 
 # %% ../nbs/70_cli.ipynb #c2998113
 DEMO_EPOCHS, DEMO_SIZE = 3, 320

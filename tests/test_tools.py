@@ -155,6 +155,7 @@ def test_link_problems(tmp_path: Path) -> None:
     (tmp_path / 'b.html').write_text('<h1 id="top">b</h1>')
     (tmp_path / 'p.png').write_bytes(base64.b64decode(png()))
     good = ('<a href="b.html#top"></a><a href="#here" id="here"></a><img alt="" src="p.png"><a href="https://a.org"></a>'
+            '<a download href="data:text/csv;base64,YQo="></a>'
             f'<img alt="" src="data:image/png;base64,{png()}"><script type="module">'
             "import m from 'https://cdn.jsdelivr.net/npm/mermaid@11.4.1/x.mjs'</script>")
     (tmp_path / 'index.html').write_text(good)
@@ -164,7 +165,8 @@ def test_link_problems(tmp_path: Path) -> None:
            '<a href="/b.html"></a>': 'address from the root', '<a href="../x"></a>': 'leads out of',
            '<script src="https://a.org/x.js"></script>': 'loads from the network: https://a.org/x.js',
            '<style>a { b: url(//a.org/x.png) }</style>': 'loads from the network: //a.org/x.png',
-           '<img alt="" src="data:image/png;base64,iVBORw0KGgo=">': 'embedded picture does not decode'}
+           '<img alt="" src="data:image/png;base64,iVBORw0KGgo=">': 'embedded picture does not decode',
+           '<a download href="data:text/csv;base64,YQo"></a>': 'embedded text/csv does not decode'}
     for text, problem in bad.items():
         (tmp_path / 'index.html').write_text(text)
         found = list(check_links.site_problems(tmp_path))

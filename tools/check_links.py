@@ -64,11 +64,14 @@ def css_loads(css: str) -> list[str]:
 
 
 def embedded(url: str) -> str | None:
-    "What is wrong with the picture in a `data:` address"
+    "What is wrong with the picture or file in a `data:` address"
     from PIL import Image
-    if not (m := re.match(r'data:image/(png|jpeg|gif|webp);base64,(.*)', url, re.S)): return None
-    try: Image.open(BytesIO(base64.b64decode(m[2], validate=True))).verify()
-    except (OSError, SyntaxError, ValueError, binascii.Error) as e: return f'embedded picture does not decode: {e}'
+    if not (m := re.match(r'data:(image/(?:png|jpeg|gif|webp)|text/csv);base64,(.*)', url, re.S)): return None
+    try: data = base64.b64decode(m[2], validate=True)
+    except binascii.Error as e: return f'embedded {m[1]} does not decode: {e}'
+    if m[1] == 'text/csv': return None
+    try: Image.open(BytesIO(data)).verify()
+    except (OSError, SyntaxError, ValueError) as e: return f'embedded picture does not decode: {e}'
     return None
 
 
@@ -103,7 +106,9 @@ class Checker:
         page = self.page(path)
         yield from page.problems
         for url in page.links:
-            if not external(url) and (p := self.target(path, url)): yield p
+            if url.startswith('data:'): p = embedded(url)
+            else: p = None if external(url) else self.target(path, url)
+            if p: yield p
         for url in page.loads:
             if url.startswith('data:'): p = embedded(url)
             elif external(url): p = None if url.startswith(CDN) else f'loads from the network: {url}'
