@@ -173,7 +173,7 @@ def _alone(place:Path)->Iterator[None]:
         with locked(place, timeout=.1):
             try: yield
             finally:
-                with suppress(OSError): os.unlink(f'{place}.lock')
+                with suppress(OSError): os.unlink(f'{place}.lock'); place.parent.rmdir()   # if empty
     except TimeoutError: raise BulkError(f'{place.parent}: another process is writing there; wait for it, or take another folder') from None
 
 def _list_sources(store:Store, sources:Any)->tuple[int,int]: # how many there are, and how many have their answer
@@ -229,7 +229,10 @@ def explain_bulk(explainer:Explainer,
     place = Path(out)/'.answers'
     with _alone(place):
         store = Store(place, bulk_job(explainer), per_shard)
-        n, known = _list_sources(store, sources)
+        try: n, known = _list_sources(store, sources)
+        except (ValueError, OSError):
+            if not len(store): shutil.rmtree(place) # nothing was explained, so nothing stays
+            raise
         how = dict(total=n, initial=known, desc='explaining', unit='picture', delay=2, leave=False)
         try:
             for key,a in tqdm(_explain_rest(store, explainer, bs, workers), disable=not progress, **how): store.add(key, a)

@@ -5,8 +5,9 @@
     python tools/abstention_study.py --only thresholds    # from the committed answers, without a picture
 
 Writes results/ham10000_abstention.json; parts that are not asked for keep their figures. The gate is fitted on the role
-`train` and judged on `valid` and `calibration`; the role `test` takes no part. Far strangers are the pictures that
-scikit-image, scikit-learn and matplotlib bring along, cut into crops, and what is drawn here.
+`train` and judged on `valid` and `calibration`, with mild changes as in add_gate.py; the role `test` takes no part. Far
+strangers are the pictures that scikit-image, scikit-learn and matplotlib bring along, cut into crops, and what is drawn
+here.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from add_gate import CHANGED, RANK, REFUSED, mildly_changed
 from PIL import Image, ImageDraw, ImageFont
 
 from skin_gradcam import abstention as A
@@ -42,7 +44,8 @@ MOVED = ('closer', 'farther')
 FAR = ('photographs', 'textures', 'medical', 'text', 'charts', 'noise', 'plain')
 CROPS = 12  # of each photograph, beside the whole
 DRAWN = 80  # pictures of each group that is drawn here
-COVERAGE, REFUSED, ALPHA = .8, .05, .1
+COVERAGE, ALPHA = .8, .1
+HELD = ('valid', 'calibration')
 
 
 def manifest(folder: Path | str = '.') -> Manifest: return Manifest.load(RESULTS / 'ham10000_roles.csv', folder)
@@ -205,10 +208,13 @@ def real_pictures(found: Path) -> Iterator[tuple[Picture, int]]:
     "Roles, near strangers, and the originals at full size"
     import pandas as pd
     folder = found / 'ham10000'
-    m = manifest(folder)
-    d = m.df[m.df.role.isin(['train', 'valid', 'calibration'])]
+    m, rng = manifest(folder), np.random.default_rng(0)
+    d = m.df[m.df.role.isin(['train', *HELD])]
     for file, lesion, role, dx in zip(m.paths(d), d.lesion_id, d.role, d.dx):
-        yield Picture(role, lesion, open_picture(file)), CLASSES.index(dx)
+        im = open_picture(file)
+        yield Picture(role, lesion, im), CLASSES.index(dx)
+        for changed in mildly_changed(im, CHANGED[role], rng):
+            yield Picture(role + '+', lesion, changed), CLASSES.index(dx)
     yield from moved(found)
     at = {p.stem: p for p in folder.glob('HAM10000_images_part_*/*.jpg')}
     table = pd.read_csv(folder / 'HAM10000_metadata.csv')
@@ -243,10 +249,13 @@ def answers(bundle: Bundle, pictures: Iterator[tuple[Picture, int]], batch: int 
 
 # ---------------------------------------------------------------- the gate
 
+def with_changed(*roles: str) -> tuple[str, ...]: return (*roles, *(r + '+' for r in roles))
+
+
 def references(a: Answers) -> dict[str, Callable[[Answers], np.ndarray]]:
     "What the gate's economies cost: the whole covariance, Ledoit-Wolf shrinkage; features as they are"
     from sklearn.covariance import LedoitWolf
-    t = a.of('train')
+    t = a.of(*with_changed('train'))
     out = {}
     for name, scale in (('whole covariance', A.unit_length), ('whole covariance, features as they are', np.asarray)):
         f = scale(t.features)
@@ -280,18 +289,19 @@ def beyond_doubt(a: Answers, g: A.Gate, groups: tuple[str, ...]) -> dict:
     return Interval(auroc(out, ours) - auroc(out, theirs), float(low), float(high)).to_dict()
 
 
-def gate_figures(a: Answers, rank: int = 64) -> tuple[dict[str, Any], dict[str, A.Gate]]:
-    t, held = a.of('train'), a.of('valid', 'calibration')
+def gate_figures(a: Answers, rank: int = RANK) -> tuple[dict[str, Any], dict[str, A.Gate]]:
+    t, held = a.of(*with_changed('train')), a.of(*with_changed(*HELD))
     space = A.fit_space(t.features, t.y, rank)
     fitted = {k: A.fit_gate(k, t.features, t.logits, t.y, space=space) for k in A.SCORES}
     gates = {k: A.calibrate_gate(g, held.features, held.logits, REFUSED) for k, g in fitted.items()}
     groups = dict(far=FAR, near=NEAR) | {g: (g,) for g in (*FAR, *NEAR, 'phantoms', 'originals', *MOVED)}
+    groups |= dict(changed=tuple(r + '+' for r in HELD))
     refused = {k: {n: float(g.refuses(a.of(*gs).features, a.of(*gs).logits).mean()) for n, gs in groups.items()}
                for k, g in gates.items()}
     for k, g in fitted.items():  # the threshold of one role, tried on the other
         for role, other in (('valid', 'calibration'), ('calibration', 'valid')):
             b = a.of(other)
-            refused[k][other] = float(A.calibrate_gate(g, a.of(role).features, a.of(role).logits, REFUSED)
+            refused[k][other] = float(A.calibrate_gate(g, *a.of(*with_changed(role))[:2], REFUSED)
                                       .refuses(b.features, b.logits).mean())
     found = {k: judge(a, lambda b, g=g: g.score(b.features, b.logits)) for k, g in gates.items()}
     ref = {k: {g: v['value'] for g, v in judge(a, s).items()} for k, s in references(a).items()}
