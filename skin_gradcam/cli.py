@@ -22,7 +22,7 @@ from .lesions import CLASSES, DISCLAIMER
 
 # %% auto #0
 __all__ = ['DEMO_EPOCHS', 'DEMO_SIZE', 'Commands', 'main', 'load_recipe', 'train', 'evaluate_bundle', 'evaluate',
-           'assess_command', 'explain', 'demo_recipe', 'peak_inside', 'run_demo', 'demo']
+           'assess_command', 'explain', 'onnx', 'demo_recipe', 'peak_inside', 'run_demo', 'demo']
 
 # %% ../nbs/70_cli.ipynb #97a3f453
 class Commands(click.Group):
@@ -225,6 +225,18 @@ def explain(pictures:tuple[str, ...], bundle:str|None, out:str, overlays:str, vi
     click.echo(f'{table}\n{Path(out)/"report.html"}\n{DISCLAIMER}')
     if set(decisions.index)=={'unreadable'}: raise ValueError(f'none of the {sum(decisions)} pictures could be read: see the column reason in {table}')
 
+# %% ../nbs/70_cli.ipynb #6d53ff34
+@main.command()
+@click.argument('bundle', type=click.Path(exists=True, file_okay=False))
+def onnx(bundle:str)->None:
+    """Add model.onnx to the bundle in the folder BUNDLE, for `serve` and for machines without PyTorch.
+
+    The weights keep their bytes; the bundle's own hash changes, because the file is listed in it. Needs the extra "export".
+    """
+    from skin_gradcam.bundle import ONNX, load_bundle
+    from skin_gradcam.onnx_export import add_onnx
+    b = add_onnx(load_bundle(bundle))
+    click.echo(f'{b.folder/ONNX}: {len(b.read(ONNX))/1e6:.1f} MB, checked against the weights; the bundle is now {b.hash[:12]}')
 
 # %% ../nbs/70_cli.ipynb #c2998113
 DEMO_EPOCHS, DEMO_SIZE = 3, 320
@@ -303,4 +315,4 @@ def demo(out:str, per_class:int, epochs:int, seed:int)->None:
     click.echo(f"{figures['seconds']:.0f} s; open {Path(out)/'report.html'}")
 
 # %% ../nbs/70_cli.ipynb #f4f3216e
-if __name__=='__main__': main()
+if __name__=='__main__' and '__file__' in globals(): main()   # not in a notebook

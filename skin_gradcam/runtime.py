@@ -119,7 +119,7 @@ def runtime_backend(bundle:Bundle, # with `model.onnx` in it
     "The bundle's network in onnxruntime"
     file = bundle.folder/ONNX
     if not bundle.has_onnx:
-        raise BackendError(f"{file}: the bundle holds no such file; make it with add_onnx(bundle), or use backend='torch'")
+        raise BackendError(f"{file}: the bundle holds no such file; make it with skin-gradcam onnx (add_onnx), or use backend='torch'")
     session = open_session(bundle.read(ONNX), threads, str(file))
     notes = session.get_modelmeta().custom_metadata_map
     if why := foreign_notes(notes, bundle) or wrong_signature(session, len(bundle.classes), bundle.info.size):

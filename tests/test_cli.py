@@ -50,6 +50,29 @@ def test_evaluate_leaves_out_what_was_seen(run, phantoms):
     assert sum(result["dropped"].values()) == int((table.role != "test").sum())
 
 
+def test_onnx_makes_a_bundle_that_can_be_served(run, tmp_path):
+    "The bundle of a run has no model.onnx; with it the answers are the same, and the weights kept their bytes"
+    import shutil
+
+    from skin_gradcam.bundle import load_bundle
+    from skin_gradcam.inference import Explainer
+    from skin_gradcam.phantoms import draw_phantom
+    from skin_gradcam.serving import make_explainer
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(run / "bundle", folder)
+    before = load_bundle(folder)
+    with pytest.raises(ValueError, match="skin-gradcam onnx"):
+        make_explainer(folder)
+    code, said, err = call("onnx", folder)
+    assert code == 0 and "checked against the weights" in said, err
+    after = load_bundle(folder)
+    assert after.info.files["model.safetensors"] == before.info.files["model.safetensors"] and after.has_onnx
+    picture = draw_phantom("mel", seed=1).image
+    a, b = Explainer.load(folder, backend="torch")(picture), make_explainer(folder)(picture)
+    np.testing.assert_allclose(a.p, b.p, atol=2e-3)
+
+
 def test_explain_mixed_folder(run, tmp_path):
     "A good picture, a truncated one, a text: three rows, two of them with a reason"
     folder = tmp_path / "in"
