@@ -16,6 +16,7 @@ import click
 from . import __version__
 from .data_cli import data_commands
 from .runs_cli import runs_commands
+from .scale_cli import archive_command
 from .serve_cli import serve_command
 from .trials_cli import trial_commands
 from .lesions import CLASSES, DISCLAIMER
@@ -54,7 +55,7 @@ def main()->None:
     For research and education; not a medical device.
     """
 
-for group in (data_commands, runs_commands, trial_commands, serve_command): main.add_command(group)
+for group in (data_commands, runs_commands, trial_commands, serve_command, archive_command): main.add_command(group)
 
 # %% ../nbs/70_cli.ipynb #3faed633
 def load_recipe(file:str|Path|None=None, # JSON file of a `Recipe`, or None for the default

@@ -8,12 +8,14 @@
 
 The site is rendered by `nbdev-docs` where the quarto binary is installed, else from the same processed notebooks by
 smalldocs. README.md is written here on every machine, so that `--check` means the same everywhere. Formulas become
-MathML: the site loads nothing from the network. Links that leave `nbs/` (source code, CONTRIBUTING.md) lead to pages
-made from those files.
+MathML, and the script that draws diagrams is fetched once from npm and kept with the site: the pages load nothing from
+the network. Each page links to its notebook. Links that leave `nbs/` (source code, CONTRIBUTING.md) lead to pages made
+from those files. The order of the pages stands in `_quarto.yml`.
 """
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import html
 import json
@@ -151,21 +153,49 @@ def stage_page(path: Path, name: Path, folder: str, names: dict[str, str]) -> No
     name.write_text(json.dumps(nb), encoding='utf-8')
 
 
+def listed(contents: list) -> Iterator[str]:
+    "The notebooks of a sidebar's `contents`, sections opened"
+    for c in contents:
+        if isinstance(c, str): yield c
+        elif 'contents' in c: yield from listed(c['contents'])
+        else: yield c['href']
+
+
+def present(contents: list, names: dict[str, str]) -> list:
+    "A sidebar's `contents` under the names of the pages, without entries whose notebook is not there"
+    out: list = []
+    for c in contents:
+        if isinstance(c, str): out += [names[c]] if c in names else []
+        elif 'contents' in c: out += [c | {'contents': kept}] if (kept := present(c['contents'], names)) else []
+        else: out += [c | {'href': names[c['href']]}] if c['href'] in names else []
+    return out
+
+
+def stage_sidebar(config: Path, names: dict[str, str]) -> None:
+    "Fit the sidebar in the `_quarto.yml` of the processed pages to the pages there are; say which of them it lacks"
+    import yaml
+    options = yaml.safe_load(config.read_text(encoding='utf-8'))
+    sidebar = options['website']['sidebar']
+    for n in sorted(names.keys() ^ set(listed(sidebar['contents']))):
+        problem = 'not in the sidebar of' if n in names else 'no such page, but in'
+        print(f'warning: {n}: {problem} _quarto.yml', file=sys.stderr)
+    sidebar['contents'] = present(sidebar['contents'], names)
+    config.unlink()                          # may be a link to the file of the repository
+    config.write_text(yaml.safe_dump(options, sort_keys=False), encoding='utf-8')
+
+
 def stage() -> Path:
     "The notebooks processed by nbdev (symbols documented and linked), every page under its final name"
     import yaml
-    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+    from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__()
     names = page_names(ROOT / 'nbs')
     try: cache = Path(proc_nbs(force=True, n_workers=min(2, os.cpu_count() or 1)))
     except Exception as e: raise SystemExit(f'nbdev cannot document a page: {e}') from e
     for old, new in names.items():
         stage_page(cache / old, cache / new, posixpath.dirname(old), names)
-    sidebar = re.sub(r'[\w/]+\.ipynb', lambda m: names.get(m[0], m[0]), (cache / 'sidebar.yml').read_text())
-    sidebar = re.sub(r'(section: )(\w)', lambda m: m[1] + m[2].upper(), sidebar)
-    (cache / 'sidebar.yml').write_text(sidebar)
+    stage_sidebar(cache / '_quarto.yml', names)
     options = yaml.safe_load((cache / 'nbdev.yml').read_text())
     options.pop('format-links', None)
     (cache / 'nbdev.yml').write_text(yaml.safe_dump(options, sort_keys=False))
@@ -201,11 +231,16 @@ KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?', re.I)
 REMOTE_IMPORT = re.compile(r'@import\s*(?:url\(["\']?https?:[^)]*\)|"https?:[^"]*"|\'https?:[^\']*\')[^;]*;')
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}
+<title>{title}</title><link rel="icon" href="{icon}"><style>{style}
 body {{ font-family: system-ui, sans-serif; line-height: 1.5; margin: 0 auto; max-width: 62rem; padding: 1rem; }}
 code {{ overflow-wrap: anywhere; }} pre {{ overflow-x: auto; font-size: .85rem; }} a {{ color: #0b5ea8; }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: left; vertical-align: top; }}</style></head>
+td, th {{ border-bottom: 1px solid #8885; padding: .2rem .6rem; text-align: left; vertical-align: top; }}
+:root {{ color-scheme: light dark; }} body {{ background: #fff; color: #222; }}
+h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #0d1117; color: #e6edf3; }} a {{ color: #7cc0ff; }} {dark}
+.highlight .linenos {{ color: #9aa4af; }} }}
+</style></head>
 <body><nav><a href="{home}">skin_gradcam</a> / {title}</nav><main>{body}</main></body></html>
 """
 
@@ -219,6 +254,35 @@ def mathml(page: str) -> str:
     return KATEX.sub('', page) if n else page
 
 
+SCROLLS = re.compile(r'<(?:pre\b|math\b(?=[^>]*display="block")|div class="cell-output cell-output-display"|table\b)'
+                     r'(?![^>]*tabindex)')
+
+
+def scrollable(page: str) -> str:
+    "`page` with everything that may scroll sideways within reach of the keyboard"
+    return SCROLLS.sub(lambda m: f'{m[0]} tabindex="0"', page)
+
+
+NAVS = {'class="navbar': 'Site', 'class="quarto-secondary-nav': 'Where you are', 'id="quarto-sidebar': 'Pages'}
+
+
+def named(page: str) -> str:
+    "`page` with a name for each navigation, and with plain cells where a table's head has no words"
+    for start, label in NAVS.items(): page = page.replace(f'<nav {start}', f'<nav aria-label="{label}" {start}')
+    page = re.sub(r'(<a\b[^>]*data-bs-toggle[^>]*) role="navigation"', r'\1 role="button"', page)
+    return re.sub(r'<th((?:\s[^>]*)?)>\s*</th>', r'<td\1></td>', page)
+
+
+def stepped(page: str) -> str:
+    "`page` whose headings go down one level at a time for a screen reader, also where an output brings its own"
+    above = 0
+    def fix(m: re.Match) -> str:
+        nonlocal above
+        level, above = int(m[1]), min(int(m[1]), above + 1)
+        return m[0] if level == above else f'<h{level} aria-level="{above}"'
+    return re.sub(r'<h([1-6])(?=[\s>])', fix, page)
+
+
 def file_page(name: str, out: Path) -> str:
     "Show the repository's file `name` in the site; returns the page, relative to `out`"
     from markdown_it import MarkdownIt
@@ -229,13 +293,17 @@ def file_page(name: str, out: Path) -> str:
     page = out / 'files' / f'{name}.html'
     if page.exists(): return f'files/{name}.html'
     text, form = (ROOT / name).read_text(encoding='utf-8'), HtmlFormatter(lineanchors='L', linenos='inline')
+    dark = HtmlFormatter(linenos='inline', style='github-dark').get_style_defs('.highlight')
     try: lexer = get_lexer_for_filename(name)
     except ClassNotFound: lexer = TextLexer()
     body = highlight(text, lexer, form)
+    body = f'<h1>{html.escape(name)}</h1>{body}'
     if name.endswith('.md'): body = MarkdownIt('commonmark').enable('table').render(text)
     page.parent.mkdir(parents=True, exist_ok=True)
     home = posixpath.relpath('index.html', posixpath.dirname(f'files/{name}'))
-    text = PAGE.format(title=html.escape(name), style=form.get_style_defs(), home=home, body=body)
+    icon = posixpath.relpath('images/favicon.svg', posixpath.dirname(f'files/{name}'))
+    kw = dict(title=html.escape(name), style=form.get_style_defs('.highlight'), dark=dark, home=home, icon=icon)
+    text = PAGE.format(**kw, body=scrollable(body))
     page.write_text(text, encoding='utf-8')
     return f'files/{name}.html'
 
@@ -271,15 +339,117 @@ def class_anchor(href: str, folder: str, ids: dict[str, set[str]]) -> str:
     return f'{path}#{owner}' if anchor not in there and owner in there else href
 
 
+def public_names(tree: ast.Module) -> list[str]:
+    "What a module's `__all__` lists"
+    found = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__']
+    return ast.literal_eval(found[0]) if found else []
+
+
+def definitions(tree: ast.Module, text: str) -> dict[str, str]:
+    "Name -> source of what a module defines at its top: a value whole, a command as far as its docstring"
+    found: dict[str, str] = {}
+    for n in tree.body:
+        if isinstance(n, ast.ClassDef | ast.FunctionDef):
+            names, first = [n.name], min([n.lineno, *(d.lineno for d in n.decorator_list)])
+            last = n.body[0].end_lineno if ast.get_docstring(n) else n.body[0].lineno - 1
+        elif isinstance(n, ast.Assign | ast.AnnAssign):
+            targets = n.targets if isinstance(n, ast.Assign) else [n.target]
+            names = [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
+            first, last = n.lineno, n.end_lineno
+        else: continue
+        lines = text.splitlines()[first - 1:last]
+        found |= dict.fromkeys(names, '\n'.join(lines[:40] + ['...'] * (len(lines) > 40)))
+    return found
+
+
+def imported_from(tree: ast.Module) -> dict[str, str]:
+    "Name -> module of this package that it comes from"
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module]
+    return {a.asname or a.name: n.module or '' for n in found for a in n.names}
+
+
+def other_names(page: str, module: str) -> str:
+    "The `page` of a module with an entry for each public name that nbdev leaves out: values, commands, names passed on"
+    text = (ROOT / f'skin_gradcam/{module}.py').read_text(encoding='utf-8')
+    tree, parts = ast.parse(text), []
+    ids, defined, passed = set(re.findall(r'\bid="([^"]+)"', page)), definitions(tree, text), imported_from(tree)
+    for name in public_names(tree):
+        if {name, name.lower()} & ids: continue
+        body = f'<pre tabindex="0"><code>{html.escape(defined.get(name, name))}</code></pre>'
+        if name not in defined and name in passed:
+            body = f'<p>From <a href="{passed[name]}.html#{name.lower()}">skin_gradcam.{passed[name]}</a>.</p>'
+        parts.append(f'<section><h3 id="{name}" class="anchored">{name}</h3>{body}</section>')
+    if not parts: return page
+    whole = '<section id="other-public-names"><h2>Other public names</h2>' + ''.join(parts) + '</section>'
+    return re.sub(r'(</main>)(?!.*</main>)', lambda m: whole + m[1], page, flags=re.S)
+
+
+TITLE_BLOCK = re.compile(r'(<header id="title-block-header".*?)(</header>)', re.S)
+
+
+def module_of(notebook: str) -> str | None:
+    "The module that a notebook with this text is exported to"
+    found = re.search(r'"#\|\s*default_exp (\w+)', notebook)
+    return found[1] if found and (ROOT / f'skin_gradcam/{found[1]}.py').exists() else None
+
+
+def notebook_links(page: str, notebook: str, out: Path) -> str:
+    "`page`, which lies in `out`, with links under its title: its notebook, kept in the site, and the module made of it"
+    to = out / 'notebooks' / notebook
+    to.parent.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / 'nbs' / notebook).read_text(encoding='utf-8')
+    to.write_text(text, encoding='utf-8')
+    back = posixpath.relpath('.', posixpath.dirname(notebook) or '.')
+    links = f'<a href="{back}/notebooks/{notebook}" download>Open as notebook</a>'
+    if module := module_of(text):
+        source = file_page(f'skin_gradcam/{module}.py', out)
+        links += f' <span aria-hidden="true">·</span> <a href="{back}/{source}">skin_gradcam.{module}</a>'
+    return TITLE_BLOCK.sub(lambda m: f'{m[1]}<p class="page-links">{links}</p>{m[2]}', page, count=1)
+
+
+MERMAID = re.compile(r'https://cdn\.jsdelivr\.net/npm/mermaid@([\d.]+)/dist/mermaid\.esm\.min\.mjs')
+
+
+def fetch_mermaid(version: str) -> Path:
+    "The folder of this version of mermaid, which draws diagrams; fetched from npm once"
+    from platformdirs import user_cache_path
+    there = user_cache_path('skin_gradcam') / f'mermaid-{version}'
+    if not (there / 'package').exists():
+        if not shutil.which('npm'): raise SystemExit('a page has a diagram: install npm, which fetches mermaid')
+        there.mkdir(parents=True, exist_ok=True)
+        subprocess.run(['npm', 'pack', f'mermaid@{version}', '--silent'], cwd=there, check=True)
+        shutil.unpack_archive(next(there.glob('*.tgz')), there)
+    return there / 'package/dist'
+
+
+def local_diagrams(page: str, folder: str, out: Path) -> str:
+    "A page in `folder` that draws its diagrams with a script of the site instead of one from the network"
+    def fix(m: re.Match) -> str:
+        libs = out / 'site_libs/mermaid'
+        if not libs.exists():
+            dist = fetch_mermaid(m[1])
+            shutil.copytree(dist / 'chunks/mermaid.esm.min', libs / 'chunks/mermaid.esm.min', ignore=maps)
+            shutil.copy(dist / 'mermaid.esm.min.mjs', libs)
+        return posixpath.join('.', posixpath.relpath('site_libs/mermaid/mermaid.esm.min.mjs', folder or '.'))
+    maps = shutil.ignore_patterns('*.map')
+    return MERMAID.sub(fix, page)
+
+
 def finish(out: Path) -> None:
-    "Formulas, links and alternative texts of the rendered pages; no fonts from the network"
+    "Formulas, diagrams, links and alternative texts of the rendered pages; nothing from the network"
     pages = {p.relative_to(out).as_posix(): p.read_text(encoding='utf-8') for p in out.rglob('*.html')}
+    notebooks = {Path(new).with_suffix('.html').as_posix(): old for old, new in page_names(ROOT / 'nbs').items()}
+    for name in notebooks.keys() & pages.keys():
+        module = module_of((ROOT / 'nbs' / notebooks[name]).read_text(encoding='utf-8'))
+        if module: pages[name] = other_names(pages[name], module)
     ids = {name: set(re.findall(r'\bid="([^"]+)"', text)) for name, text in pages.items()}
     for name, text in pages.items():
         folder = posixpath.dirname(name)
         def fix(m: re.Match, folder: str = folder) -> str:
             return m[1] + class_anchor(file_link(m[2], folder, out), folder, ids)
-        page = re.sub(r'(<a\b[^>]*?\bhref=")([^"#][^"]*)', fix, alt_texts(mathml(text)))
+        page = local_diagrams(stepped(named(scrollable(alt_texts(mathml(text))))), folder, out)
+        page = re.sub(r'(<a\b[^>]*?\bhref=")([^"#][^"]*)', fix, page)
+        if name in notebooks: page = notebook_links(page, notebooks[name], out)
         (out / name).write_text(page, encoding='utf-8')
     for path in out.rglob('*.css'):
         css = path.read_text(encoding='utf-8')

@@ -30,7 +30,7 @@ LIB = 'skin_gradcam'
 TORCH_FREE = ('lesions files pictures cache phantoms readers downloads data overview sources checks bundle evaluation '
               'calibration stress display abstention runtime viewer inference bulk assessment reports run_reports '
               'cards demo_logic widgets batching web_guard web_views webapp serving serve_cli data_cli runs_cli '
-              'trials_cli cli').split()
+              'trials_cli scale_cli cli').split()
 TORCH = ('torch', 'torchvision', 'fastai', 'timm')
 FIGURE_BYTES, CELL_BYTES, FILE_BYTES = 60_000, 150_000, 12_000_000
 LONGEST, MEDIAN = 50, 12  # lines of an exported cell
