@@ -497,23 +497,24 @@ def otsu(values:np.ndarray # any shape, not all alike
 # %% ../nbs/36_abstention.ipynb #b6a5ebbd
 @lru_cache
 def _tables()->tuple[np.ndarray, np.ndarray]:
-    "Logarithms of 0 to 255 (0 as 1), and how near each pixel is to the middle, `[224*224]`"
-    y, x = np.mgrid[-1:1:224j, -1:1:224j]
+    "Logarithms of 0 to 255 (0 as 1), and how near each pixel is to the middle, `[112*112]`"
+    y, x = np.mgrid[-1:1:112j, -1:1:112j]
     return np.log(np.maximum(np.arange(256, dtype=np.float32), 1)), np.exp(-2*(x**2+y**2)).ravel()
 
 def pigmented(im:Image.Image # RGB, upright
              )->np.ndarray: # bool `[224,224]`, on the squashed picture
     "The pigmented region nearest to the middle, roughly"
     from scipy.ndimage import gaussian_filter, label
-    red, green, blue = np.asarray(squash(im, 224)[0]).transpose(2, 0, 1)
+    red, green, blue = np.asarray(squash(im, 224)[0].reduce(2)).transpose(2, 0, 1)
     lit = np.maximum(np.maximum(red, green), blue) >= 40 # twenty times faster than max over the last axis
     log, middle = _tables()
-    density = gaussian_filter(log[red]/2 - log[blue], 3)
-    if lit.sum() < 1000 or np.ptp(density[lit]) < .05: return np.zeros(lit.shape, bool)
+    density = gaussian_filter(log[red]/2 - log[blue], 1.5)
+    if lit.sum() < 250 or np.ptp(density[lit]) < .05: return np.zeros((224, 224), bool)
     which, _ = label((density > otsu(density[lit])) & lit)
     weight = np.bincount(which.ravel(), middle)
     weight[0] = 0
-    return (which==weight.argmax()) & (which > 0)
+    found = (which==weight.argmax()) & (which > 0)
+    return found.repeat(2, 0).repeat(2, 1)
 
 # %% ../nbs/36_abstention.ipynb #bc9abfca
 def frame_share(im:Image.Image # RGB, upright

@@ -4,7 +4,7 @@
 
 # %% ../nbs/40_inference.ipynb #15b595d1
 from __future__ import annotations
-import base64, csv, hashlib, importlib.util, io, json, os, shutil, tempfile, zipfile
+import base64, copy, csv, hashlib, importlib.util, io, json, os, shutil, tempfile, zipfile
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -659,6 +659,7 @@ class Explainer:
         self.rules = make_rules(bundle, gate, views, prior)
         self.stamp, self.bias = self.rules.stamp, self.rules.bias
         self.backend = make_backend(bundle, backend)
+        self.one:Explainer|None = None # for streams, see `explain_many`
         if self.rules.gate and isinstance(self.backend, Runtime) and not self.backend.has_features:
             raise BackendError(f"{bundle.name}: its model.onnx gives no features for the gate; export it again with add_onnx, use backend='torch', or gate=False")
 
@@ -691,7 +692,7 @@ class Explainer:
     def explain_many(self, sources:Any, # pictures, folders, `(name, picture)` pairs: one, a list or a generator
                      bs:int=16, # pictures a batch
                      keep_side:int|None=1024, # longest side of the pictures kept for overlays; None full size, 0 none
-                     workers:int=2 # threads that decode
+                     workers:int=2 # threads that decode, and with onnxruntime also run the network
                     )->Iterator[Answer]: # in the order of the sources
         "A stream of answers; what cannot be read is an `Unreadable`"
         return _explain_many(self, sources, bs, keep_side, workers)
@@ -709,14 +710,32 @@ def _try(pair:tuple[str,Any], bundle:Bundle, keep_side:int|None, limits:Limits)-
     except PictureError as e: return Unreadable(name, e.reason)
     except Exception as e: return Unreadable(name, f'{type(e).__name__}: {" ".join(str(e).split())[:200]}')
 
+def _one_thread(self:Explainer)->Explainer|None:
+    "The same with one thread a run of onnxruntime; None with another backend"
+    if not isinstance(self.backend, Runtime) or not self.bundle.has_onnx: return None
+    if self.backend.threads == 1: return self
+    if self.one is None:
+        one = copy.copy(self)
+        one.backend = runtime_backend(self.bundle, 1)
+        self.one = one
+    return self.one
+
+def _answered(self:Explainer, some:list[Prepared|Unreadable])->list[Answer]:
+    "A batch in which something may be unreadable"
+    good = [s for s in some if isinstance(s, Prepared)]
+    answers = iter(self.answer(good) if good else [])
+    return [next(answers) if isinstance(s, Prepared) else s for s in some]
+
 def _explain_many(self:Explainer, sources:Any, bs:int, keep_side:int|None, workers:int)->Iterator[Answer]:
     if bs < 1 or workers < 1: raise ValueError(f'bs={bs}, workers={workers}: both must be at least 1')
     def load(pair:tuple[str,Any])->Prepared|Unreadable: return _try(pair, self.bundle, keep_side, self.limits)
-    stream = ahead(load, name_sources(sources), size=2*bs, workers=workers)
-    while some := list(islice(stream, bs)):
-        good = [s for s in some if isinstance(s, Prepared)]
-        answers = iter(self.answer(good) if good else [])
-        for s in some: yield next(answers) if isinstance(s, Prepared) else s
+    pairs = name_sources(sources)
+    if one := _one_thread(self):
+        def whole(batch:list[tuple[str,Any]])->list[Answer]: return _answered(one, [load(p) for p in batch])
+        for answers in ahead(whole, iter(lambda: list(islice(pairs, bs)), []), workers+1, workers): yield from answers
+        return
+    stream = ahead(load, pairs, size=2*bs, workers=workers)
+    while some := list(islice(stream, bs)): yield from _answered(self, some)
 
 # %% ../nbs/40_inference.ipynb #f07826b2
 COLUMNS = ('image', 'decision', *(f'p_{c}' for c in CLASSES), 'top', 'margin', *(f'logit_{c}' for c in CLASSES),

@@ -108,9 +108,11 @@ class Runtime:
     def __call__(self, x:np.ndarray)->tuple[np.ndarray,...]:
         return tuple(self.run(x, ('logits', 'maps', *(['features'] if self.has_features else []))))
     @property
+    def threads(self)->int: "Of its own, for one run"; return self.session.get_session_options().intra_op_num_threads
+    @property
     def has_features(self)->bool: "Can the gate look at this file's features?"; return 'features' in self.outputs
     def __repr__(self)->str:
-        return f'Runtime(onnxruntime, {self.size} px, {self.session.get_session_options().intra_op_num_threads} threads)'
+        return f'Runtime(onnxruntime, {self.size} px, {self.threads} threads)'
 
 # %% ../nbs/38_runtime.ipynb #48609182
 def runtime_backend(bundle:Bundle, # with `model.onnx` in it

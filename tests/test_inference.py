@@ -569,3 +569,19 @@ def test_the_import_stays_light():
             "bad = {'scipy', 'matplotlib', 'torch', 'onnxruntime', 'sklearn'} & set(sys.modules)\n"
             "assert not bad, bad")
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_stream_gives_each_thread_a_whole_batch():
+    "With onnxruntime: one thread a run, the order kept, the answers of the explainer itself, one session for all streams"
+    e = Explainer.load(gate=False)
+    pictures = [draw_phantom(CLASSES[i % 3], seed=i).image for i in range(11)]
+    many = list(e.explain_many([*pictures[:4], b'no picture', *pictures[4:]], bs=2, workers=3))
+    assert [a.decision == 'unreadable' for a in many] == [i == 4 for i in range(12)]
+    assert [a.name for a in many] == [f'picture-{i+1}' for i in range(12)]
+    for a, im in zip([a for a in many if a.decision != 'unreadable'], pictures, strict=True):
+        np.testing.assert_allclose(a.p, e(im).p, atol=1e-5)
+    kept = e.one
+    assert kept.backend.threads == 1 and kept is not e
+    list(e.explain_many(pictures[:1]))
+    assert e.one is kept
+    assert Explainer(default_bundle(), kept.backend).batch(pictures[:1])[0].p.tolist() == kept(pictures[0]).p.tolist()

@@ -208,12 +208,12 @@ def real_pictures(found: Path) -> Iterator[tuple[Picture, int]]:
     "Roles, near strangers, and the originals at full size"
     import pandas as pd
     folder = found / 'ham10000'
-    m, rng = manifest(folder), np.random.default_rng(0)
+    m = manifest(folder)
     d = m.df[m.df.role.isin(['train', *HELD])]
     for file, lesion, role, dx in zip(m.paths(d), d.lesion_id, d.role, d.dx):
         im = open_picture(file)
         yield Picture(role, lesion, im), CLASSES.index(dx)
-        for changed in mildly_changed(im, CHANGED[role], rng):
+        for changed in mildly_changed(im, CHANGED[role], Path(file).stem):
             yield Picture(role + '+', lesion, changed), CLASSES.index(dx)
     yield from moved(found)
     at = {p.stem: p for p in folder.glob('HAM10000_images_part_*/*.jpg')}
