@@ -657,8 +657,7 @@ class Explainer:
                 ):
         self.bundle, self.limits = bundle, limits
         self.rules = make_rules(bundle, gate, views, prior)
-        self.stamp, self.bias = self.rules.stamp, self.rules.bias
-        self.backend = make_backend(bundle, backend)
+        self.stamp, self.bias, self.backend = self.rules.stamp, self.rules.bias, make_backend(bundle, backend)
         self.one:Explainer|None = None # for streams, see `explain_many`
         if self.rules.gate and isinstance(self.backend, Runtime) and not self.backend.has_features:
             raise BackendError(f"{bundle.name}: its model.onnx gives no features for the gate; export it again with add_onnx, use backend='torch', or gate=False")

@@ -572,7 +572,7 @@ def test_the_import_stays_light():
 
 
 def test_a_stream_gives_each_thread_a_whole_batch():
-    "With onnxruntime: one thread a run, the order kept, the answers of the explainer itself, one session for all streams"
+    "With onnxruntime: one thread a run, the order kept, the explainer's own answers, one session for all streams"
     e = Explainer.load(gate=False)
     pictures = [draw_phantom(CLASSES[i % 3], seed=i).image for i in range(11)]
     many = list(e.explain_many([*pictures[:4], b'no picture', *pictures[4:]], bs=2, workers=3))
