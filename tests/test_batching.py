@@ -77,6 +77,7 @@ def test_what_was_given_up_never_ran():
 
 def test_a_close_in_the_middle_leaves_nobody_waiting():
     "Whatever the moment: each caller gets an answer or is told that the service is closed"
+    closed = 0   # on a quick machine a close can come after the last answer, but not each time
     for seed in range(20):
         b, told = Batcher(Echo(), queue_size=500), []
 
@@ -90,7 +91,9 @@ def test_a_close_in_the_middle_leaves_nobody_waiting():
         time.sleep(random.Random(seed).random() * .01)
         b.close(drain=seed % 2 == 0)
         for t in threads: t.join(10)
-        assert not any(t.is_alive() for t in threads) and len(told) == 160 and 'closed' in told
+        assert not any(t.is_alive() for t in threads) and len(told) == 160
+        closed += 'closed' in told
+    assert closed
 
 
 def test_decoding_is_bounded():
