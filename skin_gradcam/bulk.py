@@ -20,7 +20,7 @@ from .pictures import Geometry, PictureError, open_picture
 
 # %% auto #0
 __all__ = ['STORE_SCHEMA', 'answer_row', 'row_answer', 'BulkError', 'shard_bytes', 'read_shard', 'source_key', 'Store',
-           'bulk_job', 'explain_bulk']
+           'bulk_job', 'writing_alone', 'explain_bulk']
 
 # %% ../nbs/44_bulk.ipynb #755a5df8
 def answer_row(a:Answer # one answer
@@ -167,14 +167,24 @@ def _find_answers(store:Store)->int:
 
 # %% ../nbs/44_bulk.ipynb #7ca6db6e
 @contextmanager
-def _alone(place:Path)->Iterator[None]:
-    "Keep every other process away from a store"
+def writing_alone(place:Path, # what is going to be written; the lock is beside it
+                  error:type[BulkError]=BulkError # what another writer is met with
+                 )->Iterator[None]: # raises `error`
+    "Keep every other process away, and leave no lock behind"
     try:
         with locked(place, timeout=.1):
             try: yield
             finally:
-                with suppress(OSError): os.unlink(f'{place}.lock'); place.parent.rmdir()   # if empty
-    except TimeoutError: raise BulkError(f'{place.parent}: another process is writing there; wait for it, or take another folder') from None
+                with suppress(OSError): os.unlink(f'{place}.lock')
+    except TimeoutError: raise error(f'{place.parent}: another process is writing there; wait for it, or take another folder') from None
+
+@contextmanager
+def _alone(place:Path)->Iterator[None]:
+    "The same for a store; a folder that stayed empty goes again"
+    try:
+        with writing_alone(place): yield
+    finally:
+        with suppress(OSError): place.parent.rmdir()
 
 def _list_sources(store:Store, sources:Any)->tuple[int,int]: # how many there are, and how many have their answer
     "Write name, path and key of every source into the store"

@@ -427,6 +427,11 @@ def make_backend(bundle:Bundle, # whose network to run
     if name == 'torch': return torch_backend(bundle)
     raise ValueError(f"backend {backend!r}: must be 'auto', 'runtime', 'torch' or a callable that gives (logits, maps)")
 
+def _need_features(backend:Backend, name:str)->None:
+    "A gate looks at features, which older ONNX files do not give"
+    if isinstance(backend, Runtime) and not backend.has_features:
+        raise BackendError(f"{name}: its model.onnx gives no features for the gate; export it again with add_onnx, use backend='torch', or gate=False")
+
 # %% ../nbs/40_inference.ipynb #95e2df9f
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif')
 
@@ -659,8 +664,7 @@ class Explainer:
         self.rules = make_rules(bundle, gate, views, prior)
         self.stamp, self.bias, self.backend = self.rules.stamp, self.rules.bias, make_backend(bundle, backend)
         self.one:Explainer|None = None # for streams, see `explain_many`
-        if self.rules.gate and isinstance(self.backend, Runtime) and not self.backend.has_features:
-            raise BackendError(f"{bundle.name}: its model.onnx gives no features for the gate; export it again with add_onnx, use backend='torch', or gate=False")
+        if self.rules.gate: _need_features(self.backend, bundle.name)
 
     @classmethod
     def load(cls, bundle:Bundle|str|Path|None=None, # a bundle, its folder, or None for the one that ships

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from tqdm.auto import tqdm
-from .bulk import BulkError, answer_row, bulk_job, row_answer
-from .files import locked, write_atomic
-from .inference import Answer, Explainer, Prepared, Unreadable, _is_picture, _try, clean_name
+from .bulk import BulkError, answer_row, bulk_job, row_answer, writing_alone
+from .files import write_atomic
+from .inference import Answer, Explainer, Prepared, Unreadable, _answered, _is_picture, _try, clean_name
 from .lesions import CLASSES
 from .runtime import Runtime, runtime_backend
 
@@ -226,9 +226,8 @@ def explain_shard(explainer:Explainer, sources:Sequence[Source], # of the shard
     rows:list[dict[str,Any]] = []
     waiting:list[tuple[str,str|None,Prepared|Unreadable]] = []
     def answer()->None:
-        good = [p for _,_,p in waiting if isinstance(p, Prepared)]
-        answers = iter(explainer.answer(good) if good else [])
-        rows.extend(archive_row(k, h, next(answers) if isinstance(p, Prepared) else p) for k,h,p in waiting)
+        answers = _answered(explainer, [p for _,_,p in waiting])
+        rows.extend(archive_row(k, h, a) for (k,h,_),a in zip(waiting, answers))
         waiting.clear()
     for s,(data,why) in zip(sources, read):
         if data is None: waiting.append((s.id, None, Unreadable(s.id, why)))
@@ -476,12 +475,7 @@ def archive_job(explainer:Explainer, url:str, backend:Any, column:str|None, bs:i
 def _alone(data:Dataset)->Iterator[None]:
     "Keep every other process away from a dataset on a disk"
     if not data.local: yield; return
-    try:
-        with locked(data.path('_job.json'), timeout=.1):
-            try: yield
-            finally:
-                with suppress(OSError): os.unlink(data.path('_job.json.lock'))
-    except TimeoutError: raise ArchiveError(f'{data.root}: another process is writing there; wait for it, or take another folder') from None
+    with writing_alone(Path(data.path('_job.json')), ArchiveError): yield
 
 def explain_archive(source:str|Path, # folder, file or fsspec address
                     out:str|Path, # folder or fsspec address of the dataset, made when missing

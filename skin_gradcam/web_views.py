@@ -158,15 +158,14 @@ def endpoints(doc:dict[str,Any] # OpenAPI
 def headline(e:Explanation # what to say
             )->tuple[str,str]: # a few words, and a sentence
     "An answer in words"
-    i = max(range(len(CLASSES)), key=lambda c: float(e.p[c]))
-    named = f'{LESIONS[CLASSES[i]].name} with {e.p[i]:.2f}'
+    named = f'{LESIONS[e.top].name} with {e.probabilities[e.top]:.2f}'
     if e.decision == 'not_dermoscopic':
         return 'Not dermoscopic', ('This does not look like the pictures that the model was made for, so it gives no '
                                    'answer. Take a sharp picture of one lesion with a dermatoscope.')
     if e.decision == 'indeterminate':
         return 'Indeterminate', f'No class is probable enough to be named; the highest is {named}. Let a person look.'
     return f'Looks most like {LESIONS[e.decision].name}', (
-        f'Probability {e.p[CLASSES.index(e.decision)]:.2f}. This is what the picture resembles, not a diagnosis.')
+        f'Probability {e.probabilities[e.decision]:.2f}. This is what the picture resembles, not a diagnosis.')
 
 # %% ../nbs/59_web_views.ipynb #ca44739c
 DRAWING = ('This is a drawing. The model finds it unlike real dermoscopy, as it should; '

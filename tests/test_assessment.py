@@ -4,7 +4,7 @@ import hashlib
 import numpy as np
 import pytest
 from PIL import Image
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 
 from skin_gradcam import assessment as A
 from skin_gradcam.calibration import strata
@@ -27,11 +27,6 @@ def folder(tmp_path_factory):
 def manifest(folder):
     df, _ = read_folder(folder)
     return draw_manifest(df, folder, per_class=14, one_per_lesion=False)
-
-
-def explainer_of(folder, **kw):
-    bundle = tiny_bundle(folder, thresholds=dict(indeterminate=.4), **kw)
-    return Explainer(bundle, numpy_backend(bundle))
 
 
 @pytest.fixture(scope='module')

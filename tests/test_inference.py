@@ -74,6 +74,12 @@ def numpy_backend(bundle):
     return run
 
 
+def explainer_of(folder, **kw):
+    "An explainer whose network averages cells; the tests of other modules use it too"
+    bundle = tiny_bundle(folder, thresholds=dict(indeterminate=.4), **kw)
+    return Explainer(bundle, numpy_backend(bundle))
+
+
 @pytest.fixture(scope='module')
 def explainer(tmp_path_factory):
     bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.45))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from conftest import visit
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 from test_reports_browser import violations
 
 from skin_gradcam.assessment import assess
@@ -19,7 +19,7 @@ from skin_gradcam.cards import data_card
 from skin_gradcam.checks import FactStore, check_folder
 from skin_gradcam.data import Manifest, draw_manifest
 from skin_gradcam.data_cli import read_facts
-from skin_gradcam.inference import Explainer, Unreadable
+from skin_gradcam.inference import Unreadable
 from skin_gradcam.lesions import DISCLAIMER
 from skin_gradcam.overview import channel_stats
 from skin_gradcam.phantoms import draw_phantom, write_phantoms
@@ -31,8 +31,7 @@ EVIL = '<script>document.title="owned"</script><img src=x onerror=alert(1)>" onl
 
 @pytest.fixture(scope='module')
 def explainer(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
-    return Explainer(bundle, numpy_backend(bundle))
+    return explainer_of(tmp_path_factory.mktemp('bundle')/'tiny')
 
 
 @pytest.fixture(scope='module')

@@ -9,9 +9,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import visit
 from PIL import Image
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 
-from skin_gradcam.inference import Explainer, Unreadable, data_uri, template
+from skin_gradcam.inference import Unreadable, data_uri, template
 from skin_gradcam.phantoms import draw_phantom
 from skin_gradcam.reports import html_report, picture_report
 from skin_gradcam.viewer import view, viewer_text
@@ -29,9 +29,8 @@ OPACITY = 'e => getComputedStyle(e).opacity'
 
 @pytest.fixture(scope='module')
 def answers(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
     drawn = [(f'phantom {i}.jpg', draw_phantom(dx, i).image) for i, dx in enumerate(('nv', 'bkl', 'mel', 'nv'))]
-    found = Explainer(bundle, numpy_backend(bundle)).batch(drawn)
+    found = explainer_of(tmp_path_factory.mktemp('bundle')/'tiny').batch(drawn)
     found[1] = replace(found[1], notes=('blurred',), views=8, prior=(.7, .2, .1), name='z' * 120 + '.jpg')
     refused = dict(decision='not_dermoscopic', reason='strangeness 9 is above 5', strangeness=9., strange_above=5.)
     found[2] = replace(found[2], **refused)

@@ -13,7 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 from conftest import visit
 from PIL import Image
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 from test_reports import CONTRAST, EVIL
 from test_reports_browser import CLIPPED, violations
 
@@ -37,8 +37,7 @@ from skin_gradcam.run_reports import (
 
 @pytest.fixture(scope='module')
 def explainer(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
-    return Explainer(bundle, numpy_backend(bundle))
+    return explainer_of(tmp_path_factory.mktemp('bundle')/'tiny')
 
 
 @pytest.fixture(scope='module')

@@ -10,17 +10,15 @@ from hypothesis.errors import Unsatisfiable
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 from test_webapp import picture, post
 
-from skin_gradcam.inference import Explainer
 from skin_gradcam.webapp import Settings, create_app
 
 
 @pytest.fixture(scope='module')
 def app(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
-    app = create_app(Explainer(bundle, numpy_backend(bundle)), Settings(rate_limit=''))
+    app = create_app(explainer_of(tmp_path_factory.mktemp('bundle')/'tiny'), Settings(rate_limit=''))
     yield app
     app.extensions['skin_gradcam'].batcher.close()
 

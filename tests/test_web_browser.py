@@ -8,12 +8,11 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 from test_webapp import picture
 from waitress import wasyncore
 from waitress.server import create_server
 
-from skin_gradcam.inference import Explainer
 from skin_gradcam.lesions import DISCLAIMER
 from skin_gradcam.webapp import Settings, create_app
 
@@ -23,8 +22,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF')
 
 @pytest.fixture(scope='module')
 def explainer(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
-    return Explainer(bundle, numpy_backend(bundle))
+    return explainer_of(tmp_path_factory.mktemp('bundle')/'tiny')
 
 
 @pytest.fixture(scope='module')

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 from PIL import Image
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of
 
-from skin_gradcam.inference import Explainer
 from skin_gradcam.webapp import Settings, create_app
 
 
 @pytest.fixture(scope='module')
 def explainer(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
-    return Explainer(bundle, numpy_backend(bundle))
+    return explainer_of(tmp_path_factory.mktemp('bundle')/'tiny')
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')

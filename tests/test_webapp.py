@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_inference import numpy_backend, tiny_bundle
+from test_inference import explainer_of, numpy_backend
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from skin_gradcam.batching import Batcher
@@ -36,8 +36,7 @@ def post(client, *contents, to='/api/v1/explain', name='a.jpg', headers=None, en
 
 @pytest.fixture(scope='module')
 def explainer(tmp_path_factory):
-    bundle = tiny_bundle(tmp_path_factory.mktemp('bundle')/'tiny', thresholds=dict(indeterminate=.4))
-    return Explainer(bundle, numpy_backend(bundle))
+    return explainer_of(tmp_path_factory.mktemp('bundle')/'tiny')
 
 
 @pytest.fixture
