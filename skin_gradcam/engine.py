@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -41,7 +42,7 @@ _held: dict[nn.Module, set[object]] = {}   # modules held in evaluation mode and
 def _hold(modules, call):
     "Evaluation mode for `call`, noted at each module that was in training mode when the first call came"
     with _lock:
-        for m in [m for m in modules if m.training or m in _held]:
+        for m in [m for m in modules if m.training or _held and m in _held]:
             _held.setdefault(m, set()).add(call)
             m.training = False
 
@@ -58,12 +59,13 @@ def _release(modules, call):
 # %% ../nbs/29_engine.ipynb #86fd7141
 def _all_modules(model):
     "The model and all modules in it, each once"
-    found, waiting = {}, [model]
+    found, waiting = {model}, [model]
     for m in waiting:                                   # which grows meanwhile
-        if m is None or m in found: continue
-        found[m] = True
-        if m._modules: waiting.extend(m._modules.values())
-    return list(found)
+        for child in m._modules.values():
+            if child is None or child in found: continue
+            found.add(child)
+            waiting.append(child)
+    return waiting
 
 # %% ../nbs/29_engine.ipynb #637f3601
 def _run(model, x):
@@ -265,13 +267,13 @@ class Record:
 def _channels_first(t, layout): return (t.movedim(-1, -3) if layout=='NHWC' else t).float()
 
 # %% ../nbs/29_engine.ipynb #fff462ef
-def _refusal(tap, module, size):
+def _refusal(tap, module, size, layout):
     "Why the output of a layer can give no map, `''` if it can"
     if not tap.calls: return 'was not reached in the forward pass'
     if tap.calls != tap.spot.calls: return f'ran {tap.calls} times in one forward pass: which map is meant is unclear'
     if tap.out is None: return 'does not give one float tensor'
     shape = list(tap.out.shape)
-    if not map_layout(shape, size): return f'gives {shape}, which is no map [B,K,h,w] of a {size[0]}x{size[1]} picture'
+    if not layout: return f'gives {shape}, which is no map [B,K,h,w] of a {size[0]}x{size[1]} picture'
     tie = len({*shape[1:]}) == 1 and any(isinstance(m, nn.LayerNorm) for m in module.modules())
     return f'gives {shape}: which axis holds the channels is not clear' if tie else ''
 
@@ -289,7 +291,7 @@ def _check_logits(logits, B):
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != B:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f'the model gives {got}: it must give logits [B,C], here with B={B}')
-    if math.isfinite(logits.detach().float().sum()): return
+    if math.isfinite(torch.linalg.vector_norm(logits.detach().float(), math.inf)): return
     bad = ', '.join(map(str, (~logits.isfinite()).any(1).nonzero().flatten().tolist()))
     raise ValueError(f'the logits of picture {bad} are NaN or infinite: check the input and the weights')
 
@@ -307,12 +309,12 @@ def record(model:Any, # module, Learner or wrapper, in any mode
     tapped = [model.get_submodule(t.spot.name) for t in taps]
     logits = quiet_forward(model, x, list(zip(tapped, taps)), modules)
     _check_logits(logits, len(x))
-    for t,m in zip(taps, tapped):
-        if why := _refusal(t, m, x.shape[-2:]):
+    layouts = ['' if t.out is None else map_layout(t.out.shape, x.shape[-2:]) for t in taps]
+    for t,m,layout in zip(taps, tapped, layouts):
+        if why := _refusal(t, m, x.shape[-2:], layout):
             others = _candidates(forward_calls(model, x))
             raise ValueError(f"layer '{t.spot.name}' {why}; layers that give one: {others}")
     outs = [t.out for t in taps if t.out is not None]
-    layouts = [map_layout(o.shape, x.shape[-2:]) for o in outs]
     return Record(model, x.detach(), logits, [t.spot for t in taps], outs, layouts)
 
 # %% ../nbs/29_engine.ipynb #16cb494c
@@ -354,9 +356,9 @@ def directions(target:Any, # `None` (arg-max), a class, `B` classes, `'all'`, or
     "A target as a direction in logit space, its slope along each logit. `ValueError`, `IndexError` for what is none."
     (B, C), logits = logits.shape, logits.detach().float()
     if callable(target): return _slope(target, logits)[None]
-    axes = torch.eye(C, device=logits.device)
-    if isinstance(target, str) and target == 'all': return axes[:,None].expand(C, B, C)
-    return axes[logits.argmax(1) if target is None else _class_list(target, B, C)][None]
+    if isinstance(target, str) and target == 'all': return torch.eye(C, device=logits.device)[:,None].expand(C, B, C)
+    which = logits.argmax(1) if target is None else torch.tensor(_class_list(target, B, C), device=logits.device)
+    return F.one_hot(which, C).float()[None]
 
 # %% ../nbs/29_engine.ipynb #2c210215
 def gradients(rec:Record, # from `record`

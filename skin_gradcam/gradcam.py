@@ -81,9 +81,11 @@ def _explains(module, features, logits):
     if not isinstance(module, nn.Linear) or module.weight.shape != (logits.shape[1], features.shape[1]): return None
     weight, pooled = module.weight.detach().float(), features.mean((-2,-1))
     bias = None if module.bias is None else module.bias.detach().float()
-    gap = (F.linear(pooled, weight, bias) - logits.float()).abs().max()
-    size = F.linear(pooled.abs(), weight.abs()).max() + logits.abs().max()
-    return weight if gap <= (1e-4 if logits.dtype.itemsize >= 4 else 3e-2) * size else None
+    def largest(t): return float(torch.linalg.vector_norm(t, math.inf))
+    tol, size = 1e-4 if logits.dtype.itemsize >= 4 else 3e-2, largest(logits.float())
+    gap = largest(F.linear(pooled, weight, bias) - logits)
+    if gap > tol*size: size += largest(F.linear(pooled.abs(), weight.abs()))             # its parts may cancel
+    return weight if gap <= tol*size else None
 
 def _last_first(model):
     "The modules of a model, those of the head before those of the stem"
@@ -118,15 +120,24 @@ def cam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     for ws in linear_weights(rec, v): yield [hirescam_map(f, w) for f,w in zip(feats, ws)]
 
 # %% ../nbs/30_gradcam.ipynb #b4df0eab
+def _read_off(rec):
+    "`[C,K]` of the one linear layer behind the pooling, `None` where the slopes must be had from the gradient"
+    known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
+    return _linear_weight(rec, 0) if known else None
+
 def gradcam_maps(rec:Record, v:Tensor)->Iterator[list[Tensor]]:
     "Grad-CAM (arXiv 1610.02391), with the slopes read off the weights where the head is pooling and one linear layer"
-    known = len(rec.spots) == 1 and rec.logits.requires_grad and rec.logits.dtype == torch.float32
-    w = _linear_weight(rec, 0) if known else None
-    if w is None:
+    if (w := _read_off(rec)) is None:
         yield from by_gradient(gradcam_map)(rec, v)
         return
     f = rec.features[0]
     for slope in v @ w / f[0,0].numel(): yield [hirescam_map(f, slope[...,None,None])]
+
+def _all_at_once(rec):
+    "`[B,C,h,w]` Grad-CAM of all classes in one product, `None` where that would be large or the head is another"
+    f = rec.features[0]
+    if f.numel()*rec.logits.shape[1] > 2**20 or (w := _read_off(rec)) is None: return None
+    return hirescam_map(f[:,None], (w / (f.shape[-2]*f.shape[-1]))[...,None,None])
 
 # %% ../nbs/30_gradcam.ipynb #e9a83762
 @dataclass(frozen=True)
@@ -158,11 +169,13 @@ def class_maps(rec:Record, # from `record`
                method:str|Callable='gradcam' # a key of `METHODS`, or a function of features and gradient
               )->list[Tensor]: # float32 `[B,h,w]`, or `[B,C,h,w]` for `'all'`, for each layer
     "Raw maps out of a recorded pass; ask as often as you like"
-    rows = list(_method(method).maps(rec, directions(target, rec.logits)))
-    out = [torch.stack(m, 1) for m in zip(*rows)]
+    every, how = isinstance(target, str) and target == 'all', _method(method)
+    whole = _all_at_once(rec) if every and how is METHODS['gradcam'] else None
+    if whole is not None: out = [whole]
+    else: out = [torch.stack(m, 1) for m in zip(*how.maps(rec, directions(target, rec.logits)))]
     for n,m in zip(rec.layers, out):
         if not math.isfinite(m.sum()): raise ValueError(f"the map of layer '{n}' is not finite: check the weights")
-    return out if isinstance(target, str) else [m[:,0] for m in out]
+    return out if every else [m[:,0] for m in out]
 
 # %% ../nbs/30_gradcam.ipynb #67780ca0
 @overload

@@ -37,6 +37,17 @@ def test_the_soak_left_nothing():
             'finercam', 'legrad', 'random'} <= methods
 
 
+def test_the_stored_cost_holds_its_marks():
+    "Maps of all three classes against the plain forward pass, two networks, three batches, the peers in the same run"
+    s = stored('gradcam_cost.json')
+    assert set(s['cases']) == {f'{n}/{b}' for n in ('resnet18', 'tf_efficientnet_lite0') for b in (1, 8, 32)}
+    ours = [row(c, OURS, 3) for c in s['cases'].values()]
+    assert max(r['ratio'] for r in ours) == s['summary']['worst_ratio'] <= s['summary']['limits']['ratio'] == 1.05
+    assert max(r['kept_mib_per_image'] for r in ours) <= s['summary']['limits']['kept_mib_per_image'] == 0.1
+    for case in s['cases'].values():
+        for peer in PEERS: assert row(case, peer, 1)['ratio'] > row(case, 'closed form W.A/(hw)', 3)['ratio']
+
+
 @pytest.mark.peer
 def test_the_cost_is_measured_beside_the_peers(tmp_path):
     "What CI can repeat: everything runs, our graph is a thousand times smaller, the dearest peer costs twice as much"
