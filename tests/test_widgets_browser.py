@@ -57,11 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = 'explain_demo evidence_demo threshold_demo'.split()
     (here / 'quick.ipynb').write_text(notebook(f"from skin_gradcam.widgets import {', '.join(names)}",
                                                *(f'{n}()' for n in names)))
-    calls = 'from skin_gradcam.widgets import run_demo, review_demo', 'run_demo(view)', """
+    for name in ('cases', 'app'):
+        calls = 'from skin_gradcam.widgets import run_demo, review_demo', 'run_demo(view)', f"""
 import skin_gradcam.widgets as widgets
 widgets._pictures_of = lambda manifest: files
-review_demo(answers, file='notes.csv')"""
-    (here / 'cases.ipynb').write_text(notebook(CASES, *calls))
+review_demo(answers, file='{name}.csv')"""
+        (here / f'{name}.ipynb').write_text(notebook(CASES, *calls))
     for name in ('draw_the_evidence', 'find_your_threshold'):
         (here / f'{name}.ipynb').write_bytes((ROOT / f'nbs/demos/{name}.ipynb').read_bytes())
     draw_phantom('nv', 1).picture.save(here / 'spot.png')
@@ -218,9 +219,8 @@ def test_lab_quick(page, lab: str, folder: Path) -> None:
     assert not said
 
 
-def test_lab_cases(page, lab: str, folder: Path) -> None:
+def cases(page, file: Path) -> None:
     "A cell of the matrix opens its case with maps; a note is on the disk as soon as it is saved"
-    in_lab(page, lab, 'cases')
     d = demo(page, 'Explore a run')
     d.locator('button[title^="is mel, said nv"]').press('Enter')
     wait_text(page, d, 'phantom-2 is labelled mel; the answer was nv with 0.60')
@@ -235,12 +235,25 @@ def test_lab_cases(page, lab: str, folder: Path) -> None:
     d.get_by_label('Note').fill('a veil, I think')
     d.get_by_label('Note').press('Tab')
     d.get_by_role('button', name='Save and go on').click()
-    wait_text(page, d, r'phantom-0: label looks wrong, written to notes\.csv')
-    rows = list(csv.DictReader(open(folder / 'notes.csv', encoding='utf-8')))
+    wait_text(page, d, rf'phantom-0: label looks wrong, written to {file.name}')
+    rows = list(csv.DictReader(open(file, encoding='utf-8')))
     kept = [(r['image_id'], r['verdict'], r['note']) for r in rows]
     assert kept == [('phantom-0', 'label looks wrong', 'a veil, I think')]
     with page.expect_download(timeout=WAIT) as got: d.get_by_text('Download the notes').click()
-    assert Path(got.value.path()).read_text() == (folder / 'notes.csv').read_text()
+    assert Path(got.value.path()).read_text() == file.read_text()
+
+
+def test_lab_cases(page, lab: str, folder: Path) -> None:
+    in_lab(page, lab, 'cases')
+    cases(page, folder / 'cases.csv')
+
+
+def test_voila_cases_and_a_picture(page, voila: str, folder: Path) -> None:
+    "The demos about a run, about labels and about a picture of one's own, as apps"
+    page.goto(f'{voila}/voila/render/app.ipynb', timeout=WAIT)
+    cases(page, folder / 'app.csv')
+    page.goto(f'{voila}/voila/render/quick.ipynb', timeout=WAIT)
+    explain(page, demo(page, 'Explain a picture'), folder)
 
 
 @pytest.mark.parametrize('name, title, operate', [('draw_the_evidence', 'Draw the evidence', evidence),
