@@ -408,9 +408,10 @@ def serve(settings:Settings=Settings(), # what the app allows
           service:ServerSettings=ServerSettings(), # where to listen, how to stop
           bundle:Bundle|str|Path|None=None, # the model; None for the one that ships
           tell:Callable[[str],Any]|None=None # called with the address when the service is ready
-         )->int: # pictures and requests that got no answer; raises `ValueError` and `OSError` before it listens
-    "Serve the web app until a signal comes"
+         )->int: # pictures and requests that got no answer; raises `ValueError`, `OSError` and `RuntimeError` before it listens
+    "Serve the web app until a signal comes, which it does in the main thread only"
     from skin_gradcam.webapp import create_app
+    if threading.current_thread() is not threading.main_thread(): raise RuntimeError('serve waits for signals, and they reach the main thread only: call it there, or run a Server')
     few_heaps()
     how:dict[str,Any] = dict(gate=service.gate, views=service.views, prior=service.prior or None)
     explainer, n = make_explainer(bundle, settings.limits, **how), cpu_limit()
