@@ -140,7 +140,7 @@ def gone(folder: Path, clients: int = 50) -> dict:
         for part in (len(request) // 2, len(request)):       # in the middle of the upload, and waiting
             socks = [socket.create_connection(('127.0.0.1', port)) for _ in range(clients)]
             for s in socks: s.sendall(request[:part])
-            if part == len(request): time.sleep(.1)
+            if part == len(request): time.sleep(.05)             # too short for all of them to be answered
             for s in socks: s.close()
         settled(lambda: open_things(p.pid)['files'] <= before['files'])
         after, again = open_things(p.pid), one_answer(folder, port)

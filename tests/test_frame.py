@@ -29,7 +29,8 @@ def canonical(requirement: str) -> tuple[str, frozenset[str]]:
 
 def test_metadata_comes_from_settings(settings) -> None:
     "What pip knows of the package is what settings.ini says: after editing it, run pip install -e . again"
-    asked = {'': set(), 'dev': set(), 'export': set(), 'scale': set(), 'tensorboard': set(), 'web': set()}
+    asked = {'': set(), 'dev': set(), 'export': set(), 'scale': set(), 'sweep': set(),
+             'tensorboard': set(), 'web': set()}
     for r in distribution('skin_gradcam').requires:
         extra = re.search(r'extra == ["\'](\w+)["\']', r)
         asked[extra[1] if extra else ''].add(canonical(r))

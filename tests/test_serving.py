@@ -241,7 +241,7 @@ def test_a_kill_leaves_nothing_behind(folder):
 
 
 def test_clients_that_hang_up_cost_nothing(folder):
-    assert (r := web_faults.gone(folder, clients=30))['ok'], r
+    assert (r := web_faults.gone(folder, clients=60))['ok'], r
 
 
 def test_slow_uploads_are_cut(folder):

@@ -203,7 +203,10 @@ def page_form() -> Iterator[str]:
         for c in book:
             imports = sum(isinstance(n, ast.Import | ast.ImportFrom) for n in c.tree)
             never_run = 'nbdev_export()' in c.source or re.search(r'^#\|\s*eval:\s*false', c.source, re.M)
-            if 0 < imports < len(c.tree) and not never_run:
+            blocks = [n for n in c.tree if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+            inside = not re.search(r'^#\|\s*export', c.source, re.M) and any(
+                isinstance(n, ast.Import | ast.ImportFrom) for top in blocks for n in ast.walk(top) if n is not top)
+            if (0 < imports < len(c.tree) or inside) and not never_run:
                 yield f'{c.where}: imports and other code in one cell: the docs build runs it and replaces its output'
             if 'default_exp' in c.directives and c.kind == 'code' and c.lines:
                 yield f'{c.where}: #| default_exp stands alone in its cell'
