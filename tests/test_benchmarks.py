@@ -29,6 +29,22 @@ def test_the_check_holds_its_marks():
     assert s['found']['pictures'] == s['found']['masks'] == 9873
 
 
+def test_a_training_step_holds_its_mark():
+    s = stored('training_speed.json')
+    assert s['step']['size'] == 224 and s['limits'] == dict(step_ratio=2, time_ratio=3)
+    assert s['step']['ratio']['median'] >= 2
+
+
+@pytest.mark.peer
+def test_training_is_measured_beside_fastai(tmp_path):
+    "What CI can repeat: both sides take their steps, on small phantoms"
+    command = [sys.executable, ROOT / 'benchmarks/training_speed.py', '--quick', '--out', tmp_path / 's.json']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    s = json.loads((tmp_path / 's.json').read_text())
+    assert s['step']['size'] == 96 and s['step']['ratio']['median'] > 1, s
+
+
 @pytest.mark.peer
 def test_the_loader_is_measured_beside_fastai(tmp_path):
     "What CI can repeat: that both sides run, and that ours is the quicker one by the mark (it is by far more)"
