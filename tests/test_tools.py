@@ -198,6 +198,7 @@ LONG = '#| export\n' + '\n'.join(f'a{i} = {i}' for i in range(51))
     ('sizes', code('x', text_html='y' * 150_000), 'bytes of output'),
     ('cell_lengths', code(LONG), 'an exported cell of 51 lines'),
     ('page_form', code('import os\nos.sep'), 'imports and other code in one cell'),
+    ('page_form', code('with here:\n    import os'), 'imports and other code in one cell'),
     ('page_form', code('#| default_exp x\nimport os'), 'stands alone'),
     ('registries', md('get it from py' + 'pi.org'), 'names a package registry'),
 ])
