@@ -10,7 +10,7 @@ import multiprocessing
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
 from .data import Manifest
-from .evaluation import balanced_accuracy, brier, macro_auroc, softmax
-from .selection import Trial, TrialError, run_fold
+from .evaluation import softmax
+from .selection import FIGURES, Trial, TrialError, run_fold
 from .selection import _begin_worker
 from .training import RecipeError, recipe_from
 
@@ -35,7 +35,7 @@ __all__ = ['METRICS', 'FINISHED', 'IN_A_ROW', 'SweepError', 'Space', 'read_space
            'found', 'plan_of_best']
 
 # %% ../nbs/88_sweep.ipynb #fc362263
-METRICS: dict[str, tuple[Callable[..., Any], Literal['maximize', 'minimize']]] = dict(balanced_accuracy=(balanced_accuracy, 'maximize'), macro_auroc=(macro_auroc, 'maximize'), brier=(brier, 'minimize'))
+METRICS: dict[str, Literal['maximize', 'minimize']] = dict(balanced_accuracy='maximize', macro_auroc='maximize', brier='minimize') # of `FIGURES`
 
 class SweepError(TrialError):
     "A space or a study that cannot be used; the message says what to do"
@@ -106,7 +106,7 @@ def open_study(space:Space, manifest:Manifest, # with folds
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)                  # signs of life are one of these
         again, beat = optuna.storages.RetryHeartbeatStaleTrialCallback(), max(1, min(10, int(silent/2)))
         book = _book(url, heartbeat_interval=beat, grace_period=int(silent), heartbeat_stale_trial_callback=again)
-        study = optuna.create_study(storage=book, study_name=name, direction=METRICS[space.metric][1], load_if_exists=True,
+        study = optuna.create_study(storage=book, study_name=name, direction=METRICS[space.metric], load_if_exists=True,
                                     sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8),
                                     pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
     for key,value in dict(space=space.to_json(), manifest=manifest.hash).items():
@@ -133,7 +133,7 @@ def judge(trial:optuna.Trial|FrozenTrial, # with its parameters
           cache:Any='disk' # of the decoded pictures, as for `fastai_loaders`
          )->float: # the metric of all answers out of fold; raises `optuna.TrialPruned`, and what `run_fold` raises
     "Train and judge one proposal"
-    recipe, metric = proposed(space, trial.params), METRICS[space.metric][0]
+    recipe, metric = proposed(space, trial.params), FIGURES[space.metric]
     y:list[int] = []
     logits:list[list[float]] = []
     value = float('nan')

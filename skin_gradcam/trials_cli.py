@@ -10,21 +10,26 @@ from pathlib import Path
 import click
 
 # %% auto #0
-__all__ = ['trial_commands', 'run_command', 'board_command', 'board_line', 'sweep_command']
+__all__ = ['DATA', 'MANIFEST', 'OUT', 'JOBS', 'trial_commands', 'run_command', 'board_command', 'board_line', 'sweep_command']
 
 # %% ../nbs/66_trials_cli.ipynb #c8685502
 @click.group('trials')
 def trial_commands()->None:
     "Compare recipes by grouped cross-validation, and choose one by its statistics."
 
+DATA = click.option('--data', required=True, type=click.Path(exists=True, file_okay=False), help='Folder of the pictures.')
+MANIFEST = click.option('--manifest', required=True, type=click.Path(exists=True, dir_okay=False), help='Roles file with folds.')
+OUT = click.option('--out', required=True, type=click.Path(file_okay=False), help='Folder of the answers, a JSON file a fold.')
+JOBS = click.option('--jobs', default=1, show_default=True, type=click.IntRange(1), help='Processes, of one thread each when there are several.')
+
 # %% ../nbs/66_trials_cli.ipynb #84500e53
 @trial_commands.command('run')
 @click.argument('plan', type=click.Path(exists=True, dir_okay=False))
-@click.option('--data', required=True, type=click.Path(exists=True, file_okay=False), help='Folder of the pictures.')
-@click.option('--manifest', required=True, type=click.Path(exists=True, dir_okay=False), help='Roles file with folds.')
-@click.option('--out', required=True, type=click.Path(file_okay=False), help='Folder of the answers, a JSON file a fold.')
+@DATA
+@MANIFEST
+@OUT
 @click.option('--work', default='runs/trials', show_default=True, type=click.Path(file_okay=False), help='Folder for run folders.')
-@click.option('--jobs', default=1, show_default=True, type=click.IntRange(1), help='Processes, of one thread each when there are several.')
+@JOBS
 @click.option('--only', multiple=True, metavar='TRIAL', help='Run these trials only.')
 def run_command(plan:str, data:str, manifest:str, out:str, work:str, jobs:int, only:tuple[str, ...])->None:
     """Train and judge what is missing of a plan.
@@ -71,14 +76,14 @@ def board_line(r:dict # a row of `study_figures`' board
 # %% ../nbs/66_trials_cli.ipynb #4b0cd069
 @trial_commands.command('sweep')
 @click.argument('space', type=click.Path(exists=True, dir_okay=False))
-@click.option('--data', required=True, type=click.Path(exists=True, file_okay=False), help='Folder of the pictures.')
-@click.option('--manifest', required=True, type=click.Path(exists=True, dir_okay=False), help='Roles file with folds.')
-@click.option('--out', required=True, type=click.Path(file_okay=False), help='Folder of the answers, a JSON file a fold.')
+@DATA
+@MANIFEST
+@OUT
 @click.option('--work', default='runs/sweep', show_default=True, type=click.Path(file_okay=False), help='Folder for run folders.')
 @click.option('--storage', help='Address of a database, or an SQLite file.  [default: study.db in --out]')
 @click.option('--name', default='sweep', show_default=True, help='Of the study in the database.')
 @click.option('--n', default=20, show_default=True, type=click.IntRange(1), help='Recipes to judge, earlier ones included.')
-@click.option('--jobs', default=1, show_default=True, type=click.IntRange(1), help='Processes, of one thread each when there are several.')
+@JOBS
 @click.option('--plan', 'file', type=click.Path(dir_okay=False), help='Write the best three, with new seeds, as a plan to this file.')
 def sweep_command(space:str, data:str, manifest:str, out:str, work:str, storage:str|None, name:str, n:int, jobs:int, file:str|None)->None:
     """Let Optuna look for a recipe in SPACE, judged by grouped cross-validation.

@@ -14,6 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def stored(name: str) -> dict: return json.loads((ROOT / 'results' / name).read_text(encoding='utf-8'))
 
 
+def measured(script: str, *args: str, out: Path) -> dict:
+    "The figures of a reduced run of a benchmark"
+    command = [sys.executable, ROOT / 'benchmarks' / script, *args, '--out', out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
 def test_the_loader_holds_its_marks():
     s = stored('loader_speed.json')
     assert s['pictures'] == 1650 and {e['workers'] for e in s['epochs']} == {0, 2}
@@ -38,20 +46,14 @@ def test_a_training_step_holds_its_mark():
 @pytest.mark.peer
 def test_training_is_measured_beside_fastai(tmp_path):
     "What CI can repeat: both sides take their steps, on small phantoms"
-    command = [sys.executable, ROOT / 'benchmarks/training_speed.py', '--quick', '--out', tmp_path / 's.json']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    s = json.loads((tmp_path / 's.json').read_text())
+    s = measured('training_speed.py', '--quick', out=tmp_path / 's.json')
     assert s['step']['size'] == 96 and s['step']['ratio']['median'] > 1, s
 
 
 @pytest.mark.peer
 def test_the_loader_is_measured_beside_fastai(tmp_path):
     "What CI can repeat: that both sides run, and that ours is the quicker one by the mark (it is by far more)"
-    command = [sys.executable, ROOT / 'benchmarks/loader_speed.py', '--quick', '--pictures', '96']
-    done = subprocess.run([*command, '--out', tmp_path / 's.json'], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    s = json.loads((tmp_path / 's.json').read_text())
+    s = measured('loader_speed.py', '--quick', '--pictures', '96', out=tmp_path / 's.json')
     names = {e['name'] for e in s['epochs']}
     assert any('fastai' in n for n in names) and any('memory-mapped' in n for n in names)
     assert s['summary']['least_epoch_ratio'] > 3, s['summary']
