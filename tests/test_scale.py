@@ -275,11 +275,12 @@ def test_nothing_grows_with_the_archive(tmp_path):
 def test_the_stored_figures():
     f = json.loads((ROOT / 'results' / 'scale.json').read_text())
     assert f['size']['bytes_a_row'] <= f['limits']['bytes_a_row'] and f['size']['rows'] == 50_000
-    if 'kills' in f: assert (f['kills']['lost'], f['kills']['doubled'], f['kills']['runs_that_differ']) == (0, 0, 0)
-    if f.get('speed', dict(quick=True))['quick'] is False:
-        assert all(f['speed'][k] >= f['limits'][k] for k in ('per_core', 'two_workers'))
-    if f.get('memory', dict(quick=True))['quick'] is False:
-        assert max(f['memory']['growth'].values()) <= f['limits']['growth']
+    assert not any(f[k]['quick'] for k in ('size', 'picture', 'speed', 'kills', 'memory'))
+    assert f['kills']['kills'] == 10
+    assert (f['kills']['lost'], f['kills']['doubled'], f['kills']['runs_that_differ']) == (0, 0, 0)
+    assert all(f['speed'][k] >= f['limits'][k] for k in ('per_core', 'two_workers'))
+    assert max(f['memory']['growth'].values()) <= f['limits']['growth']
+    assert max(f['size']['query_s'].values()) < f['limits']['query_s']
 
 
 def test_the_benchmark_can_be_run():
