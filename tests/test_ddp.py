@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from skin_gradcam.data import draw_manifest, read_folder
 from skin_gradcam.phantoms import write_phantoms
@@ -68,12 +69,16 @@ def place(tmp_path_factory):
     return d, m
 
 
-def pair(place: Path, out: Path, what: str) -> list[dict]:
-    "Two processes; what each of them saw"
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(port)]
+        return s.getsockname()[1]
+
+
+def pair(place: Path, out: Path, what: str) -> list[dict]:
+    "Two processes; what each of them saw"
+    port = str(free_port())
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', port]
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
     done = subprocess.run([*command, str(place / 'pair.py'), str(place), str(out), what], env=env, capture_output=True,
                           text=True, timeout=900)
@@ -131,3 +136,22 @@ def test_what_fails_in_the_first_fails_in_all(place, two):
     a, b = pair(d, two[0], 'again')
     assert 'holds a run' in a['error'] and a['error'] == b['error']
     assert pair(d, two[0], 'resume')[1].get('error') is None               # finished: nothing to do
+
+
+def test_accelerate_launch_gives_what_torchrun_gives(place, two):
+    "The command of the page, on a machine without a GPU: weights bit for bit as in the run that torchrun started"
+    from skin_gradcam.checkpoints import Run
+    d, m = place
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+               '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+               '--main_process_port', str(free_port())]
+    ours = ['-m', 'skin_gradcam.ddp', '--data', m.root, '--manifest', d / 'roles.csv', '--out', d / 'accelerate',
+            '--recipe', d / 'recipe.json', '--quiet']
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    done = subprocess.run([*command, *map(str, ours)], env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, other = Run.open(d / 'accelerate', m.root), Run.open(two[0], m.root)
+    assert run.status == 'finished' and done.stdout.strip() == str(run.bundle_path)
+    a, b = (load_file(r.bundle_path / 'model.safetensors') for r in (run, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (run.folder / 'history.csv').read_bytes() == (other.folder / 'history.csv').read_bytes()
