@@ -30,7 +30,7 @@ from .inference import Explainer, Explanation, Prepared, contribution_rows, data
 from .lesions import CLASSES, LESIONS
 from .pictures import squash, to_input
 from .phantoms import (Look, Phantom, Shape, View, absorb, cover_scene, develop, draw_look, draw_phantom,
-                                   draw_view, find_shape, paint, tissue)
+                                   draw_view, find_level, find_shape, paint, tissue)
 
 # %% auto #0
 __all__ = ['CLOSED', 'LAST', 'MAP_METHODS', 'FIGURE_NAMES', 'VERDICTS', 'NOTE_COLUMNS', 'map_targets', 'sum_row', 'MapView',
@@ -254,7 +254,7 @@ def _tissue(seed:int, asymmetry:float, border:float, width:int, height:int
     "Everything below the signs"
     plain, at = _plain(seed)
     look = replace(plain, asymmetry=asymmetry, border=border)
-    shape = Shape(find_shape(seed, look).level, at.sites)
+    shape = Shape(find_level(seed, look)[0], at.sites)
     view = draw_view(seed, 0, width, height, at.sites[0], 1.35*look.radius)
     return look, shape, view, tissue(seed, look, shape, view)
 

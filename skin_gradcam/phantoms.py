@@ -22,11 +22,11 @@ from scipy import fft, ndimage
 from .lesions import CLASSES
 
 # %% auto #0
-__all__ = ['stream', 'Look', 'draw_look', 'View', 'draw_view', 'spectrum', 'clouds', 'smoothstep', 'outline', 'Shape',
-           'find_shape', 'absorb', 'Patch', 'network', 'dots', 'cysts', 'streaks', 'veil', 'paint', 'tissue',
-           'draw_hair', 'draw_ruler', 'draw_ink', 'draw_bubbles', 'corners', 'develop', 'Sheet', 'Phantom',
-           'check_options', 'lay', 'cover_scene', 'draw_phantom', 'tile', 'phantom_grid', 'each_phantom', 'phantom_set',
-           'make_folders', 'write_phantoms']
+__all__ = ['stream', 'Look', 'draw_look', 'View', 'draw_view', 'spectrum', 'clouds', 'lesion_clouds', 'smoothstep', 'outline',
+           'Shape', 'find_level', 'find_shape', 'absorb', 'Patch', 'network', 'dots', 'cysts', 'streaks', 'veil',
+           'paint', 'tissue', 'draw_hair', 'draw_ruler', 'draw_ink', 'draw_bubbles', 'corners', 'develop', 'Sheet',
+           'Phantom', 'check_options', 'lay', 'cover_scene', 'draw_phantom', 'tile', 'phantom_grid', 'each_phantom',
+           'phantom_set', 'make_folders', 'write_phantoms']
 
 # %% ../nbs/06_phantoms.ipynb #a451bb5a
 def stream(seed:int, # non-negative
@@ -157,6 +157,16 @@ def clouds(g:Generator, # its stream
                                           Image.Resampling.BICUBIC if k > 1 else Image.Resampling.BILINEAR)
     return np.asarray(out if k == 1 else out.resize((view.width, view.height), Image.Resampling.BICUBIC))
 
+# %% ../nbs/06_phantoms.ipynb #0865deb7
+@lru_cache(maxsize=3)
+def lesion_clouds(seed:int, part:str, # of the lesion, and the stream that they come from
+                  view:View, # the camera
+                  kinds:tuple[tuple[float, int], ...] # cell and octaves of each
+                 )->tuple[np.ndarray, ...]: # float32 `[H,W]` each
+    "Clouds drawn one after the other from one stream"
+    g = stream(seed, part)
+    return tuple(clouds(g, view, *k) for k in kinds)
+
 # %% ../nbs/06_phantoms.ipynb #838a47a9
 def smoothstep(x:np.ndarray # any shape
               )->np.ndarray: # 0 where `x<=0`, 1 where `x>=1`, smooth between
@@ -170,13 +180,13 @@ def outline(seed:int, # of the lesion
             view:View # the camera
            )->np.ndarray: # float32 `[H,W]`, larger further inside
     "How far inside the lesion each pixel lies, before a level is chosen"
-    g = stream(seed, 'outline'); u, v = view.plane
-    du, dv = clouds(g, view, .45, 2), clouds(g, view, .45, 2)
+    u, v = view.plane
+    du, dv, rough = lesion_clouds(seed, 'outline', view, ((.45, 2), (.45, 2), (.14, 3)))
     u, v = u+.085*look.asymmetry*du, v+.085*look.asymmetry*dv
     c, s = math.cos(look.angle), math.sin(look.angle)
     short = math.sqrt(look.share*4/3/math.pi/look.aspect)
     p, q = (c*u+s*v)/(short*look.aspect), (c*v-s*u)/short
-    return 1-np.sqrt(p*p+q*q)+(.03+.09*look.border)*clouds(g, view, .14, 3)
+    return 1-np.sqrt(p*p+q*q)+(.03+.09*look.border)*rough
 
 # %% ../nbs/06_phantoms.ipynb #79878212
 @dataclass(frozen=True)
@@ -185,6 +195,17 @@ class Shape:
     level:float # of `outline` at the lesion's edge
     sites:tuple[tuple[float, float], ...] # middles of evidence on the plane; the first is the class's own
 
+# %% ../nbs/06_phantoms.ipynb #f432dc1b
+def find_level(seed:int, # of the lesion
+               look:Look, # its shape
+               n:int=80, # raster points a side
+               half:float=.75 # half width of the raster, units
+              )->tuple[float, np.ndarray]: # level, and the outline on the raster, float32 `[n,n]`
+    "Level the outline to the wanted area"
+    raw = outline(seed, look, View(n, n, zoom=4/3/(2*half)))
+    wanted = round(look.share*4/3/(2*half/n)**2)
+    return float(np.partition(raw, -wanted, axis=None)[-wanted]), raw
+
 # %% ../nbs/06_phantoms.ipynb #2951a639
 def find_shape(seed:int, # of the lesion
                look:Look, # its shape
@@ -192,10 +213,7 @@ def find_shape(seed:int, # of the lesion
                half:float=.75 # half width of the raster, units
               )->Shape: # level and sites
     "Level the outline to the wanted area and choose where evidence lies"
-    step = 2*half/n
-    raw = outline(seed, look, View(n, n, zoom=4/3/(2*half)))
-    wanted = round(look.share*4/3/step**2)
-    level = float(np.partition(raw, -wanted, axis=None)[-wanted])
+    (level, raw), step = find_level(seed, look, n, half), 2*half/n
     depth = ndimage.distance_transform_edt(np.pad(raw > level, 1))[1:-1, 1:-1]*step
     u, v = np.meshgrid(*2*[(np.arange(n)+.5)*step-half])
     off = np.hypot(u, v)
@@ -337,8 +355,7 @@ def tissue(seed:int, # of the lesion
           )->tuple[np.ndarray, np.ndarray, np.ndarray]: # melanin and blood `[H,W]`, lesion mask bool `[H,W]`
     "Pigment and blood of skin and lesion, without the sign of any class"
     inside = outline(seed, look, view)-shape.level
-    g = stream(seed, 'skin')
-    cloud, grain, flush, blotch = (clouds(g, view, *a) for a in ((.3, 3), (.04, 2), (.2, 2), (.26, 3)))
+    cloud, grain, flush, blotch = lesion_clouds(seed, 'skin', view, ((.3, 3), (.04, 2), (.2, 2), (.26, 3)))
     tone = (.05, .12, .22, .38, .62, .92)[look.skin_tone-1]
     melanin = tone*(1+.12*cloud)+.03*cloud+(.02+.03*tone)*grain
     blood = look.blood*(1+.14*flush)+.03*grain
