@@ -1,10 +1,9 @@
 """What a move of a slider costs in "Draw the evidence", and how much of it is the model.
 
 The claim: from the new value of a slider to the new picture, map and numbers at most 80 ms in the median on two cores,
-of which the network is the largest part where a sign, ruler or ink changes. (Where the outline changes, the tissue is
-drawn anew, and that costs more than the network.) Every slider is moved to ten places it has not been at, as a person
-would drag it, all callbacks included; what the browser adds (it draws two JPEGs of about 10 kB) is not in it. The parts
-are measured side by side in the same run, so that their ratio holds on a busy machine too.
+of which the network is the largest part. Every slider is moved to ten places it has not been at, as a person would drag
+it, all callbacks included; what the browser adds (it draws two JPEGs of about 10 kB) is not in it. The parts are
+measured side by side in the same run, so that their ratio holds on a busy machine too.
 
     python benchmarks/widget_latency.py             # writes results/widget_latency.json
     python benchmarks/widget_latency.py --no-write  # only prints
@@ -47,7 +46,7 @@ def measure() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         for k, slider in state.sliders.items():  # in turn, so that a slow second hits all alike
             value = round(.05 + .9 * ((i * .37) % 1), 2)
             moves[k].append(ms(lambda s=slider, v=value: setattr(s, 'value', v)))
-        f = Features(seed=5, asymmetry=i / PLACES, veil=(i + 1) / PLACES)
+        f = Features(seed=state.seed.value, asymmetry=(i + .5) / PLACES, veil=(i + 1) / PLACES)  # of the same lesion
         parts['drawing_outline'].append(ms(lambda f=f: draw_features(f)))
         parts['drawing_sign'].append(ms(lambda f=f: draw_features(replace(f, veil=f.veil / 2))))
         picture = draw_features(f).picture

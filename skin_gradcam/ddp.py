@@ -214,4 +214,4 @@ def main(data:str, manifest:str, out:str, recipe:str|None, overwrite:bool, resum
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 # %% ../nbs/84_ddp.ipynb #0eccbf1e
-if __name__=='__main__': main()
+if __name__=='__main__' and __spec__ is not None: main() # as a module, not as a cell of this page

@@ -43,6 +43,30 @@ def test_a_training_step_holds_its_mark():
     assert s['step']['ratio']['median'] >= 2
 
 
+def test_the_time_to_the_same_accuracy_holds_its_mark():
+    "Recomputed from the stored curves, with the recipe that the trials start from"
+    s = stored('training_speed.json')
+    a, base = s['accuracy'], stored('ham10000_plan.json')['base']
+    assert a['n'] == 330 and a['recipe'] == base
+    plain, ours = (a['epochs'][k] for k in ('fastai', 'skin_gradcam'))
+    assert a['target'] == plain[-1]['balanced_accuracy'] and len(ours) == base['epochs']
+    reached = next(e['seconds'] for e in ours if e['balanced_accuracy'] >= a['target'])
+    assert plain[-1]['seconds'] / reached >= 3 and plain[-1]['seconds'] / ours[-1]['seconds'] >= 3
+    assert a['difference']['high'] >= 0
+
+
+def test_notebooks_run_in_three_minutes():
+    s = stored('notebook_times.json')
+    books = sorted(str(f.relative_to(ROOT)) for f in (ROOT / 'nbs').rglob('*.ipynb') if '_proc' not in f.parts)
+    assert s['limit_s'] == 180 and sorted(s['notebooks']) == books, 'python benchmarks/notebook_times.py'
+    for name, b in s['notebooks'].items(): assert b['seconds'] < 180 and not b['error'] and not b['warned'], (name, b)
+
+
+def test_a_notebook_is_timed_on_a_fresh_checkout(tmp_path):
+    s = measured('notebook_times.py', '--only', 'nbs/00_lesions.ipynb', '--check', out=tmp_path / 's.json')
+    assert [*s['notebooks']] == ['nbs/00_lesions.ipynb'] and 0 < s['total_s'] < 180
+
+
 @pytest.mark.peer
 def test_training_is_measured_beside_fastai(tmp_path):
     "What CI can repeat: both sides take their steps, on small phantoms"
