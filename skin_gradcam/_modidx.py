@@ -1825,6 +1825,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'skin_gradcam.scale._known': ('scale.html#_known', 'skin_gradcam/scale.py'),
                                     'skin_gradcam.scale._known_job': ('scale.html#_known_job', 'skin_gradcam/scale.py'),
                                     'skin_gradcam.scale._list_lines': ('scale.html#_list_lines', 'skin_gradcam/scale.py'),
+                                    'skin_gradcam.scale._need_card': ('scale.html#_need_card', 'skin_gradcam/scale.py'),
                                     'skin_gradcam.scale._packed': ('scale.html#_packed', 'skin_gradcam/scale.py'),
                                     'skin_gradcam.scale._parquet_sources': ('scale.html#_parquet_sources', 'skin_gradcam/scale.py'),
                                     'skin_gradcam.scale._quiet_data': ('scale.html#_quiet_data', 'skin_gradcam/scale.py'),

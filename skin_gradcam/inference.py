@@ -394,18 +394,20 @@ class Backend(Protocol):
         ...
 
 # %% ../nbs/40_inference.ipynb #d90868bc
-def torch_backend(bundle:Bundle # whose weights to run
-                 )->Backend: # in float32 on the CPU
+def torch_backend(bundle:Bundle, # whose weights to run
+                  device:str='cpu' # where, as PyTorch calls it: `cpu`, `cuda`, `cuda:1`
+                 )->Backend: # in float32; raises `BackendError` where there is no such device
     "The bundle's network in PyTorch"
     import torch
     from skin_gradcam.gradcam import closed_form
     from skin_gradcam.models import model_from_bundle
-    model = model_from_bundle(bundle)
+    try: model = model_from_bundle(bundle).to(device)
+    except (RuntimeError, AssertionError) as e: raise BackendError(f"device {device!r}: PyTorch cannot use it ({str(e).splitlines()[0]})") from None
     def run(x:np.ndarray)->tuple[np.ndarray,...]:
         with torch.inference_mode():
-            f = model.features(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)))
+            f = model.features(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device))
             pooled = model.pool(f)
-            return model.head(pooled).numpy(), closed_form(model.classifier.weight, f).numpy(), pooled.numpy()
+            return tuple(v.cpu().numpy() for v in (model.head(pooled), closed_form(model.classifier.weight, f), pooled))
     return run
 
 # %% ../nbs/40_inference.ipynb #7bb40eff

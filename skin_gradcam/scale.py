@@ -352,11 +352,12 @@ def check_dataset(url:str|Path # folder or fsspec address
 # %% ../nbs/80_scale.ipynb #e29cd2fd
 def worker_explainer(bundle:str|Path|None=None, # folder of the bundle; None for the one that ships
                      backend:Any='auto', # `auto`, `runtime`, `torch` or a callable that can be pickled
-                     gate:bool=True, views:int=1 # as for `Explainer`
+                     gate:bool=True, views:int=1, # as for `Explainer`
+                     device:str='cpu' # where PyTorch runs the network, as for `torch_backend`
                     )->Explainer: # raises `BundleError`, `BackendError`
     "An explainer that keeps to one thread"
     from skin_gradcam.bundle import default_bundle, load_bundle
-    from skin_gradcam.inference import choose_backend
+    from skin_gradcam.inference import choose_backend, torch_backend
     b = default_bundle() if bundle is None else load_bundle(bundle)
     name = choose_backend(b) if backend == 'auto' else backend
     with suppress(ImportError):
@@ -365,7 +366,8 @@ def worker_explainer(bundle:str|Path|None=None, # folder of the bundle; None for
     if name == 'torch':
         import torch
         torch.set_num_threads(1)
-    return Explainer(b, runtime_backend(b, threads=1) if name == 'runtime' else name, gate=gate, views=views)
+    named = dict(runtime=lambda: runtime_backend(b, threads=1), torch=lambda: torch_backend(b, device))
+    return Explainer(b, named[name]() if name in named else name, gate=gate, views=views)
 
 class ShardWorker:
     "One model: takes the bytes of a shard, writes its file"
@@ -448,17 +450,19 @@ def run_shards(ray:Any, # of `ray_session`
                items:Sequence[tuple[int,bytes]], # number and line of each shard to do
                url:str, out:str, # of archive and dataset
                job:dict[str,Any], make:dict[str,Any], # as for `ShardWorker`
-               actors:int|None=None, # workers; None for one a core, on a cluster started as they are needed
-               grow:bool=False # begin with one worker
+               actors:int|None=None, # workers; None for one a core or share of a GPU, on a cluster started as they are needed
+               grow:bool=False, # begin with one worker
+               gpus:float=0. # GPUs a worker, such as .5 where two share one
               )->Iterator[dict[str,int]]: # shard, rows and unreadable of each, as they are done; raises `ArchiveError`
     "Read, explain and write shards with Ray Data"
-    cpus = float(ray.cluster_resources().get('CPU', 1))
-    n = max(1, min(actors or int(cpus), len(items)))
+    cpus, cards = (float(ray.cluster_resources().get(k, d)) for k,d in (('CPU', 1), ('GPU', 0)))
+    if gpus > cards and not grow: raise ArchiveError(f'a worker is to have {gpus:g} GPUs, Ray sees {cards:g}; with gpus=0 the processor does the work')
+    n = max(1, min(actors or int(cards/gpus if gpus else cpus), len(items)))
     share = min(.75, .75*cpus/n)
     tables = [pa.table(dict(shard=[k], sources=[line])) for k,line in items]
     ds = ray.data.from_arrow(tables).map_batches(read_batch, fn_args=(url, job['column'], job['most']), batch_size=1, batch_format='pyarrow', num_cpus=share/3)
     pool = ray.data.ActorPoolStrategy(min_size=1 if grow and not actors else n, max_size=n)
-    ds = ds.map_batches(ShardWorker, fn_constructor_args=(make, out, job), batch_size=1, batch_format='pyarrow', compute=pool, num_cpus=share)
+    ds = ds.map_batches(ShardWorker, fn_constructor_args=(make, out, job), batch_size=1, batch_format='pyarrow', compute=pool, num_cpus=share, num_gpus=gpus or None)
     with _quiet_data(ray):
         try: yield from ds.iter_rows()
         except ray.exceptions.RayError as e:
@@ -471,12 +475,17 @@ def archive_job(explainer:Explainer, url:str, backend:Any, column:str|None, bs:i
     name = backend if isinstance(backend, str) else getattr(backend, '__qualname__', type(backend).__name__)
     return dict(schema=ARCHIVE_SCHEMA, **bulk_job(explainer), backend=name, archive=url, column=column, bs=bs, most=explainer.limits.max_bytes)
 
+def _need_card()->None:
+    import torch
+    if not torch.cuda.is_available(): raise ArchiveError('PyTorch sees no GPU on this machine; give gpus=0, or the address of a cluster that has some')
+
 @contextmanager
 def _alone(data:Dataset)->Iterator[None]:
     "Keep every other process away from a dataset on a disk"
     if not data.local: yield; return
     with writing_alone(Path(data.path('_job.json')), ArchiveError): yield
 
+# %% ../nbs/80_scale.ipynb #013421f4
 def explain_archive(source:str|Path, # folder, file or fsspec address
                     out:str|Path, # folder or fsspec address of the dataset, made when missing
                     bundle:str|Path|None=None, backend:Any='auto', gate:bool=True, views:int=1, # as for `worker_explainer`
@@ -484,24 +493,28 @@ def explain_archive(source:str|Path, # folder, file or fsspec address
                     actors:int|None=None, address:str|None=None, # as for `run_shards` and `ray_session`
                     per_shard:int=256, max_bytes:int=64*2**20, bs:int=16, # as for `cut_shards`
                     as_listed:bool=False, # go on with the list that was made at first
-                    progress:bool=True # a bar, when it takes longer than two seconds
+                    progress:bool=True, # a bar, when it takes longer than two seconds
+                    gpus:float=0. # of each worker, such as .5; PyTorch runs the network there
                    )->dict[str,Any]: # of `check_dataset`, and `new`, the rows of this run; raises `ArchiveError`, `ValueError`, `OSError`
     "Explain an archive, or go on with it"
     data, (fs, root) = Dataset(out), open_archive(source)
     if f'{data.root}/'.startswith(f'{root}/') and type(fs) is type(data.fs): raise ArchiveError(f'{data.root}: lies within the archive; take a folder outside')
-    make = dict(bundle=None if bundle is None else str(Path(bundle).resolve()), backend=backend, gate=gate, views=views)
+    if gpus < 0 or gpus and backend == 'runtime': raise ValueError(f"gpus={gpus:g} with backend {backend!r}: give a share of a GPU and backend 'torch', or gpus=0")
+    make:dict[str,Any] = dict(bundle=None if bundle is None else str(Path(bundle).resolve()), backend='torch' if gpus and backend == 'auto' else backend, gate=gate, views=views)
     explainer = worker_explainer(**make)
+    card = dict(device='cuda') if gpus and make['backend'] == 'torch' else {}
+    if card and address is None: _need_card()
     url = fs.unstrip_protocol(root) if '::' not in str(source) else str(source)
     with _alone(data):
         shards = None if as_listed else cut_shards(list_archive(source, column), per_shard, max_bytes, bs)
         used = backend if backend != 'auto' else 'runtime' if isinstance(explainer.backend, Runtime) else 'torch'
-        job = begin_dataset(data, archive_job(explainer, url, used, column, bs), shards)
-        new = _do_rest(data, job, make, url, actors, address, progress)
+        job = begin_dataset(data, archive_job(explainer, url, 'torch-cuda' if card else used, column, bs), shards)
+        new = _do_rest(data, job, make | card, url, actors, address, progress, gpus)
         told = check_dataset(data.url)
     if told['missing'] or told['damaged']: raise ArchiveError(f"{data.root}: shards {(told['missing'] + told['damaged'])[:5]} are not whole; give the same command again")
     return told | dict(new=new)
 
-def _do_rest(data:Dataset, job:dict[str,Any], make:dict[str,Any], url:str, actors:int|None, address:str|None, progress:bool)->int:
+def _do_rest(data:Dataset, job:dict[str,Any], make:dict[str,Any], url:str, actors:int|None, address:str|None, progress:bool, gpus:float)->int:
     "Explain the shards that have no file yet; gives the number of their rows"
     lines = shard_lines(data, job)
     for f in data.fs.glob(data.path('_tries-*')) + (data.fs.glob(data.path('.rows-*.tmp')) if data.local else []): data.fs.rm_file(f)
@@ -511,5 +524,5 @@ def _do_rest(data:Dataset, job:dict[str,Any], make:dict[str,Any], url:str, actor
     if not items: return new
     left = sum(len(json.loads(l)) for _,l in items)
     with ray_session(address) as ray, tqdm(total=job['pictures'], initial=job['pictures']-left, desc='explaining', unit='picture', delay=2, leave=False, disable=not progress) as bar:
-        for r in run_shards(ray, items, url, data.url, job, make, actors, grow=address is not None): bar.update(r['rows']); new += r['rows']
+        for r in run_shards(ray, items, url, data.url, job, make, actors, grow=address is not None, gpus=gpus): bar.update(r['rows']); new += r['rows']
     return new

@@ -20,11 +20,12 @@ __all__ = ['archive_command']
 @click.option('--no-gate', is_flag=True, help='Name a class also for pictures that are unlike those of the training.')
 @click.option('--column', help='Column of Parquet files that holds the pictures.  [default: the first with bytes]')
 @click.option('--actors', type=click.IntRange(1), help='Workers, each with one model in one thread.  [default: one a core]')
+@click.option('--gpus', default=0., show_default=True, type=click.FloatRange(0), help='GPUs of each worker, such as 0.5 where two share one; PyTorch runs the network there.')
 @click.option('--address', help='A running Ray cluster, such as "auto" or "ray://head:10001"; without it this machine alone.')
 @click.option('--per-shard', default=256, show_default=True, type=click.IntRange(16), help='Pictures to a Parquet file, a multiple of 16.')
 @click.option('--as-listed', is_flag=True, help='Go on with the list of the archive that was made at first.')
 @click.option('--quiet', is_flag=True, help='Show no progress.')
-def archive_command(source:str, out:str, bundle:str|None, backend:str, views:str, no_gate:bool, column:str|None, actors:int|None,
+def archive_command(source:str, out:str, bundle:str|None, backend:str, views:str, no_gate:bool, column:str|None, actors:int|None, gpus:float,
                     address:str|None, per_shard:int, as_listed:bool, quiet:bool)->None:
     """Explain an archive of any size into a folder of Parquet files.
 
@@ -36,6 +37,6 @@ def archive_command(source:str, out:str, bundle:str|None, backend:str, views:str
     """
     try: from skin_gradcam.scale import explain_archive
     except ImportError as e: raise click.ClickException(f"{e.name} is not installed: pip install 'skin_gradcam[scale]'") from None
-    told = explain_archive(source, out, bundle, backend, not no_gate, int(views), column, actors, address, per_shard, as_listed=as_listed, progress=not quiet)
+    told = explain_archive(source, out, bundle, backend, not no_gate, int(views), column, actors, address, per_shard, as_listed=as_listed, progress=not quiet, gpus=gpus)
     click.echo(', '.join(f'{k} {v}' for k,v in told['decisions'].items()))
     click.echo(f"{told['rows']} rows, {told['new']} of them new, {told['bytes']/max(told['rows'], 1):.0f} bytes a row\n{out}\n{DISCLAIMER}")

@@ -245,6 +245,35 @@ def test_refusals(pictures, whole, tmp_path):
     assert content(whole) == before
 
 
+def test_workers_ask_for_a_share_of_a_gpu(pictures, tmp_path):
+    """Ray is told of a GPU that is not there: two workers share it, and each sees that one alone; the network of this
+    library then says what is missing. On a machine without one nothing is begun."""
+    import ray
+
+    def on_card(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert os.environ['CUDA_VISIBLE_DEVICES'] == '0'
+        return np.zeros((len(x), 3), np.float32), np.zeros((len(x), 3, 7, 7), np.float32)
+    how = dict(per_shard=16, bs=8, gate=False, progress=False)
+    none, own, torch = (tmp_path / n for n in ('none', 'own', 'torch'))
+    with pytest.raises(ArchiveError, match='PyTorch sees no GPU'): explain_archive(pictures, none, gpus=.5, **how)
+    with pytest.raises(ValueError, match="gpus=1 with backend 'runtime'"):
+        explain_archive(pictures, none, gpus=1, backend='runtime', **how)
+    assert not none.exists()
+    with pytest.raises(ArchiveError, match=r'a worker is to have 0\.5 GPUs, Ray sees 0'):
+        explain_archive(pictures, none, gpus=.5, backend=on_card, **how)
+    ray.init(address='local', num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
+             object_store_memory=2**27, logging_level='ERROR')
+    try:
+        told = explain_archive(pictures, own, backend=on_card, gpus=.5, **how)
+        assert (told['rows'], told['missing']) == (N, [])
+        with pytest.raises(ArchiveError, match="device 'cuda': PyTorch cannot use it"):
+            explain_archive(pictures, torch, gpus=1, address='auto', **how)
+        assert json.loads((torch / '_job.json').read_text())['backend'] == 'torch-cuda'
+        with pytest.raises(ArchiveError, match='backend was torch-cuda, is torch'):
+            explain_archive(pictures, torch, backend='torch', **how)
+    finally: ray.shutdown()
+
+
 def test_a_flipped_bit_is_found(whole, tmp_path):
     "Pages carry checksums; the id's page comes first in the file"
     for f in whole.iterdir(): (tmp_path / f.name).write_bytes(f.read_bytes())
