@@ -43,7 +43,7 @@ from medians import interval
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = dict(ratio=.45, start_s=1.5, half=1e-3, single=1e-4, bytes_ratio=.55)
 ROUNDS, TIMES, STARTS, N_INT8 = {1: 40, 8: 12, 16: 8}, {1: 5, 8: 2, 16: 1}, 5, 96
-QUICK = {1: 3}
+QUICK = {1: 15}
 
 WORKER = '''
 import sys, time
