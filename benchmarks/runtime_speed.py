@@ -18,7 +18,7 @@ The loss of eight-bit weights is measured on the roles valid and calibration of 
 pictures of the role train to calibrate; without the real pictures that part is left out, and phantoms show agreement.
 
     python benchmarks/runtime_speed.py            # two minutes; writes results/runtime_speed.json
-    python benchmarks/runtime_speed.py --quick    # few rounds and no pictures; writes nothing without --out
+    python benchmarks/runtime_speed.py --quick    # single pictures only, no real ones; writes nothing without --out
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from medians import interval
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = dict(ratio=.45, start_s=1.5, half=1e-3, single=1e-4, bytes_ratio=.55)
 ROUNDS, TIMES, STARTS, N_INT8 = {1: 40, 8: 12, 16: 8}, {1: 5, 8: 2, 16: 1}, 5, 96
-QUICK = {1: 15}
+QUICK = {1: 40}
 
 WORKER = '''
 import sys, time

@@ -420,13 +420,14 @@ def choose_backend(bundle:Bundle # whose network to run
     raise BackendError(f'{bundle.folder}: nothing here can run this bundle; {todo}')
 
 def make_backend(bundle:Bundle, # whose network to run
-                 backend:str|Backend='auto' # `auto`, `runtime`, `torch`, or a backend of your own
+                 backend:str|Backend='auto', # `auto`, `runtime`, `torch`, or a backend of your own
+                 threads:int|None=None, device:str='cpu' # for `runtime_backend`, for `torch_backend`
                 )->Backend: # ready to be called; raises `ValueError`
     "A backend by its name"
     if callable(backend): return backend
     name = choose_backend(bundle) if backend == 'auto' else backend
-    if name == 'runtime': return runtime_backend(bundle)
-    if name == 'torch': return torch_backend(bundle)
+    if name == 'runtime': return runtime_backend(bundle, threads)
+    if name == 'torch': return torch_backend(bundle, device)
     raise ValueError(f"backend {backend!r}: must be 'auto', 'runtime', 'torch' or a callable that gives (logits, maps)")
 
 def _need_features(backend:Backend, name:str)->None:

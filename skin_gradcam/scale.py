@@ -21,7 +21,7 @@ from .bulk import BulkError, answer_row, bulk_job, row_answer, writing_alone
 from .files import write_atomic
 from .inference import Answer, Explainer, Prepared, Unreadable, _answered, _is_picture, _try, clean_name
 from .lesions import CLASSES
-from .runtime import Runtime, runtime_backend
+from .runtime import Runtime
 
 # %% auto #0
 __all__ = ['ARCHIVE_SCHEMA', 'COLUMN_TYPES', 'ArchiveError', 'archive_row', 'stored_answer', 'parquet_bytes', 'Source',
@@ -357,7 +357,7 @@ def worker_explainer(bundle:str|Path|None=None, # folder of the bundle; None for
                     )->Explainer: # raises `BundleError`, `BackendError`
     "An explainer that keeps to one thread"
     from skin_gradcam.bundle import default_bundle, load_bundle
-    from skin_gradcam.inference import choose_backend, torch_backend
+    from skin_gradcam.inference import choose_backend, make_backend
     b = default_bundle() if bundle is None else load_bundle(bundle)
     name = choose_backend(b) if backend == 'auto' else backend
     with suppress(ImportError):
@@ -366,9 +366,9 @@ def worker_explainer(bundle:str|Path|None=None, # folder of the bundle; None for
     if name == 'torch':
         import torch
         torch.set_num_threads(1)
-    named = dict(runtime=lambda: runtime_backend(b, threads=1), torch=lambda: torch_backend(b, device))
-    return Explainer(b, named[name]() if name in named else name, gate=gate, views=views)
+    return Explainer(b, make_backend(b, name, threads=1, device=device), gate=gate, views=views)
 
+# %% ../nbs/80_scale.ipynb #91dd9bdc
 class ShardWorker:
     "One model: takes the bytes of a shard, writes its file"
     def __init__(self, make:dict[str,Any], # for `worker_explainer`

@@ -75,14 +75,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def launched(module: str, *args: object) -> subprocess.CompletedProcess:
+    "A launcher's run, that has to succeed"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    command = [sys.executable, '-m', module, *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def pair(place: Path, out: Path, what: str) -> list[dict]:
     "Two processes; what each of them saw"
-    port = str(free_port())
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', port]
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    done = subprocess.run([*command, str(place / 'pair.py'), str(place), str(out), what], env=env, capture_output=True,
-                          text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched('torch.distributed.run', '--nproc_per_node', '2', '--master_port', free_port(),
+             place / 'pair.py', place, out, what)
     return [json.loads((place / f'seen-{what}-{r}.json').read_text()) for r in range(2)]
 
 
@@ -142,14 +147,10 @@ def test_accelerate_launch_gives_what_torchrun_gives(place, two):
     "The command of the page, on a machine without a GPU: weights bit for bit as in the run that torchrun started"
     from skin_gradcam.checkpoints import Run
     d, m = place
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
-               '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-               '--main_process_port', str(free_port())]
-    ours = ['-m', 'skin_gradcam.ddp', '--data', m.root, '--manifest', d / 'roles.csv', '--out', d / 'accelerate',
-            '--recipe', d / 'recipe.json', '--quiet']
-    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    done = subprocess.run([*command, *map(str, ours)], env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched('accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+                    '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', free_port(),
+                    '-m', 'skin_gradcam.ddp', '--data', m.root, '--manifest', d / 'roles.csv',
+                    '--out', d / 'accelerate', '--recipe', d / 'recipe.json', '--quiet')
     run, other = Run.open(d / 'accelerate', m.root), Run.open(two[0], m.root)
     assert run.status == 'finished' and done.stdout.strip() == str(run.bundle_path)
     a, b = (load_file(r.bundle_path / 'model.safetensors') for r in (run, other))

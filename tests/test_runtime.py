@@ -189,9 +189,7 @@ def test_the_figures_hold_their_marks():
 def test_the_speed_is_measured_beside_torch(tmp_path):
     "What CI can repeat: both engines run, agree, and onnxruntime is the quicker one"
     command = [sys.executable, ROOT / 'benchmarks/runtime_speed.py', '--quick', '--out', tmp_path / 's.json']
-    for _ in range(3):  # for some seconds another program may have a core, and then threads that wait for it measure it
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        found = json.loads((tmp_path / 's.json').read_text())['summary']['found']
-        if found['ratio'] < 1: break
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 's.json').read_text())['summary']['found']
     assert found['half'] < 1e-3 and found['single'] < 1e-4 and found['bytes_ratio'] < .55 and found['ratio'] < 1
