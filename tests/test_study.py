@@ -142,3 +142,46 @@ def test_study_is_what_the_answers_give():
         assert new["trial"] == old["trial"]
         for k in ("balanced_accuracy", "macro_auroc", "ece"):
             assert new[k] == pytest.approx(old[k], abs=1e-9)
+
+
+def test_robustness_of_the_trials():
+    "Changed answers count at the temperature of the unchanged ones; the stored figures are of the trials' answers"
+    from skin_gradcam.calibration import cross_fit_temperature
+    from skin_gradcam.evaluation import balanced_accuracy
+
+    study, tool = load_script("tools/study.py"), load_script("tools/robust_trials.py")
+    stored, m = result("ham10000_robust.json"), study.manifest("roles")
+    plan = {t.name: t for t in study.read_plan(study.PLAN)}
+    assert stored["n"] == 1320 and stored["severity"] == tool.SEVERITY and len(stored["trials"]) >= 2
+    for name, r in stored["trials"].items():
+        o = tool.read_trial(tool.first_seed(plan[name]), m, RESULTS / "trials", views=1)
+        assert set(r["rows"]) == {"clean", *tool.CORRUPTIONS}
+        clean = balanced_accuracy(o.y, o.probabilities[0])
+        assert r["rows"]["clean"]["balanced_accuracy"] == pytest.approx(clean, abs=2e-3)
+        mean = np.mean([v["balanced_accuracy"] for k, v in r["rows"].items() if k != "clean"])
+        assert mean == pytest.approx(r["mean"]["balanced_accuracy"], abs=1e-4)
+        assert r["gain"]["low"] <= r["gain"]["value"] <= r["gain"]["high"]
+        for floor in r["floors"].values():  # above chance: there is something to find beside the lesion, but not much
+            assert 1 / 3 < floor["balanced_accuracy"]["value"] < r["rows"]["clean"]["balanced_accuracy"] - .1
+    told = {c: o.logits[0] for c in ("clean", *tool.CORRUPTIONS, *tool.HIDDEN)} | dict(jpeg=o.logits[0][:, ::-1])
+    told["background only"] = np.where(np.arange(len(o.y))[:, None] < 100, np.nan, o.logits[0])
+    f = tool.figures(o, told)
+    p = cross_fit_temperature(o.logits[0], o.y, o.fold)[0]
+    assert f["rows"]["ink"] == f["rows"]["clean"]
+    assert f["rows"]["clean"]["balanced_accuracy"] == pytest.approx(balanced_accuracy(o.y, p), abs=1e-5)
+    assert f["floors"]["lesion occluded"]["n"] == 1320 and f["floors"]["background only"]["n"] == 1220
+    assert f["floors"]["background only"]["balanced_accuracy"]["value"] == balanced_accuracy(o.y[100:], p[100:])
+    lost = (balanced_accuracy(o.y, p[:, ::-1]) - balanced_accuracy(o.y, p)) / len(tool.CORRUPTIONS)
+    assert f["gain"]["value"] == pytest.approx(lost) and lost < 0
+
+
+def test_robustness_needs_the_networks(tmp_path, capsys, monkeypatch):
+    "Without pictures, networks or a known name the tool says what to do, and writes nothing"
+    tool, out = load_script("tools/robust_trials.py"), tmp_path / "r.json"
+    assert tool.main(["lite9", "--out", str(out)]) == 2 and "no trial lite9 in the plan" in capsys.readouterr().err
+    monkeypatch.setattr(tool, "real_data", lambda: tmp_path)
+    assert tool.main(["lite0", "--work", str(tmp_path), "--out", str(out)]) == 2
+    assert "its networks are not in" in capsys.readouterr().err
+    monkeypatch.setattr(tool, "real_data", lambda: None)
+    assert tool.main(["lite0", "--out", str(out)]) == 2 and "SKIN_GRADCAM_DATA" in capsys.readouterr().err
+    assert not out.exists()
