@@ -19,20 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from study import PLAN, RESULTS, ROOT, manifest
 
 from skin_gradcam.calibration import cross_fit_temperature
 from skin_gradcam.checks import find_masks
-from skin_gradcam.checkpoints import load_checkpoint
 from skin_gradcam.data import Manifest, real_data
 from skin_gradcam.evaluation import balanced_accuracy, ece, lesion_bootstrap, macro_auroc, paired_difference, softmax
-from skin_gradcam.models import LesionNet, create_model
-from skin_gradcam.pictures import open_picture, squash
-from skin_gradcam.selection import OutOfFold, Trial, TrialError, read_plan, read_trial, weights_file
+from skin_gradcam.models import LesionNet
+from skin_gradcam.pictures import open_picture, squash, to_input
+from skin_gradcam.selection import OutOfFold, Trial, TrialError, mean_model, read_plan, read_trial, weights_file
 from skin_gradcam.steps import keep_memory
 from skin_gradcam.stress import CORRUPTIONS, background_only, corrupted, leaves_skin, lesion_occluded, read_mask
+from skin_gradcam.training import predict_logits
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'results'
 SEVERITY, BATCH = 3, 66
 FIGURES = (balanced_accuracy, macro_auroc, ece)
 HIDDEN = {'lesion occluded': lesion_occluded, 'background only': background_only}
@@ -42,26 +41,23 @@ Answers = dict[str, np.ndarray]  # logits `[N,C]` by what was done to the pictur
 def first_seed(trial: Trial) -> Trial: return replace(trial, seeds=trial.seeds[:1])
 
 
-def network(trial: Trial, fold: int, work: Path, n_classes: int) -> LesionNet:
-    "The network of a fold, first seed, in eval mode"
-    file = weights_file(work, trial.name, trial.seeds[0], fold)
-    if not file.exists():
+def network(trial: Trial, fold: int, m: Manifest, work: Path) -> LesionNet:
+    "The network of a fold, first seed"
+    if not weights_file(work, trial.name, trial.seeds[0], fold).exists():
         raise TrialError(f'{trial.name}: its networks are not in {work}; delete its answers and run the trial again')
-    net = create_model(trial.recipe.arch, n_classes=n_classes, pretrained=False)
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_checkpoint(file)[0].items()})
-    return net.to(memory_format=torch.channels_last).eval()
+    return mean_model(replace(trial, mean_of=(trial.name, trial.seeds[:1])), fold, m, work)[0]
 
 
-@torch.no_grad()
 def logits(net: LesionNet, pictures: list[np.ndarray], size: int) -> np.ndarray:
     "Logits `[N,C]` of uint8 pictures, squashed as everywhere"
-    mean, std = (torch.tensor(v)[:, None, None] for v in (net.preprocessing.mean, net.preprocessing.std))
-    out = []
-    for k in range(0, len(pictures), BATCH):
-        squares = [np.array(squash(open_picture(a), size)[0]) for a in pictures[k:k + BATCH]]
-        x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
-        out.append(net(((x - mean) / std).contiguous(memory_format=torch.channels_last)).numpy())
-    return np.concatenate(out)
+    mean, std = net.preprocessing.mean, net.preprocessing.std
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # with classes that nobody looks at
+        for k in range(0, len(pictures), BATCH):
+            x = np.stack([to_input(squash(open_picture(a), size)[0], mean, std) for a in pictures[k:k + BATCH]])
+            yield torch.from_numpy(x), torch.zeros(len(x))
+
+    return predict_logits(net, batches())[0]
 
 
 def versions(pictures: list[np.ndarray], masks: list[np.ndarray], seeds: Iterable[int]
@@ -78,30 +74,26 @@ def versions(pictures: list[np.ndarray], masks: list[np.ndarray], seeds: Iterabl
 def answers(trials: list[Trial], m: Manifest, work: Path) -> dict[str, Answers]:
     "By trial, in the order of the table; each picture is changed once for all trials"
     df = m.df[m.df.fold >= 0].reset_index(drop=True)
-    out: dict[str, Answers] = {t.name: {} for t in trials}
-    for fold in sorted(set(df.fold)):
+    nets = {f: {t.name: network(t, f, m, work) for t in trials} for f in sorted(set(df.fold.astype(int)))}
+    files = find_masks(m.root)
+    out: dict[str, Answers] = {t.name: {k: np.full((len(df), len(m.classes)), np.nan)
+                                        for k in ('clean', *CORRUPTIONS, *HIDDEN)} for t in trials}
+    for fold, net in nets.items():
         at = np.where(df.fold == fold)[0]
-        nets = {t.name: network(t, int(fold), work, len(m.classes)) for t in trials}
-        pictures, masks = [np.asarray(open_picture(p)) for p in m.paths(df.iloc[at])], find_masks(m.root)
-        hidden = [read_mask(Path(m.root) / masks[i], a.shape[:2])
-                  for i, a in zip(df.image_id.iloc[at], pictures, strict=True)]
-        for name, of, seen in versions(pictures, hidden, map(int, at)):
-            for t in trials:
-                empty = np.full((len(df), len(m.classes)), np.nan)
-                out[t.name].setdefault(name, empty)[at[of]] = logits(nets[t.name], seen, t.recipe.size)
+        pictures = [np.asarray(open_picture(p)) for p in m.paths(df.iloc[at])]
+        masks = [read_mask(Path(m.root) / files[i], a.shape[:2])
+                 for i, a in zip(df.image_id.iloc[at], pictures, strict=True)]
+        for name, of, seen in versions(pictures, masks, map(int, at)):
+            for t in trials: out[t.name][name][at[of]] = logits(net[t.name], seen, t.recipe.size)
         print(f'fold {fold}', file=sys.stderr)
     return out
 
 
-def at_clean_temperature(o: OutOfFold, z: np.ndarray) -> np.ndarray:
-    "Probabilities `[N,C]` at the temperature that the other folds give as they are"
-    T = cross_fit_temperature(o.logits[0], o.y, o.fold)[1]
-    return softmax(z / np.array([T[int(f)] for f in o.fold])[:, None])
-
-
 def figures(o: OutOfFold, told: Answers) -> dict[str, Any]:
     "A row a change, the mean of all changes with what it costs, and what is left without the lesion"
-    p = {c: at_clean_temperature(o, z) for c, z in told.items()}
+    T = cross_fit_temperature(o.logits[0], o.y, o.fold)[1]  # that the other folds give as they are
+    t = np.array([T[int(f)] for f in o.fold])[:, None]
+    p = {c: softmax(z / t) for c, z in told.items()}
     rows = {c: {f.__name__: round(float(f(o.y, p[c])), 5) for f in FIGURES} for c in ('clean', *CORRUPTIONS)}
     changed = np.stack([p[c] for c in CORRUPTIONS])
     mean = {f.__name__: float(np.mean([f(o.y, q) for q in changed])) for f in FIGURES}
@@ -130,17 +122,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument('--work', type=Path, default=ROOT / 'runs' / 'trials')
     p.add_argument('--out', type=Path, default=RESULTS / 'ham10000_robust.json')
     a = p.parse_args(argv)
-    plan = {t.name: t for t in read_plan(RESULTS / 'ham10000_plan.json')}
-    if unknown := [n for n in a.trials if n not in plan]:
-        print(f"no trial {', '.join(unknown)} in the plan: it has {', '.join(plan)}", file=sys.stderr)
-        return 2
-    if (found := real_data()) is None:
-        print('no real pictures found: set SKIN_GRADCAM_DATA to the folder that holds ham10000/', file=sys.stderr)
-        return 2
-    m = Manifest.load(RESULTS / 'ham10000_roles.csv', found / 'ham10000')
-    trials = [first_seed(plan[n]) for n in a.trials]
-    keep_memory()
+    plan = {t.name: t for t in read_plan(PLAN)}
     try:
+        if unknown := [n for n in a.trials if n not in plan]:
+            raise TrialError(f"no trial {', '.join(unknown)} in the plan: it has {', '.join(plan)}")
+        if (found := real_data()) is None:
+            raise TrialError('no real pictures found: set SKIN_GRADCAM_DATA to the folder that holds ham10000/')
+        m, trials = manifest('roles', found / 'ham10000'), [first_seed(plan[n]) for n in a.trials]
+        keep_memory()
         read = {t.name: read_trial(t, m, RESULTS / 'trials', views=1) for t in trials}
         told = answers(trials, m, a.work)
     except ValueError as e:  # all that the library raises about plan, answers, networks, pictures
