@@ -172,8 +172,8 @@ def make_learner(recipe:Recipe, manifest:Manifest, # roles `train` and `valid` a
                 )->Learner: # over a `LesionNet`, not yet fitted
     "A fastai `Learner` as the recipe says; sets the random seeds"
     set_seed(recipe.seed)
-    model = create_model(recipe.arch, n_classes=len(manifest.classes), pretrained=recipe.pretrained,
-                         weights_file=recipe.weights_file, dropout=recipe.dropout)
+    source = dict(pretrained=False) if recipe.start else dict(pretrained=recipe.pretrained, weights_file=recipe.weights_file)
+    model = create_model(recipe.arch, n_classes=len(manifest.classes), dropout=recipe.dropout, **source)
     if recipe.start: start_from(model, recipe.start)
     FrozenStages(recipe.frozen_stages).freeze(model).to(memory_format=torch.channels_last) # type: ignore[call-overload]
     if recipe.bf16: train_in_bf16(model)
