@@ -1586,6 +1586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'skin_gradcam/pictures.py'),
                                        'skin_gradcam.pictures.PictureError.__str__': ( 'pictures.html#pictureerror.__str__',
                                                                                        'skin_gradcam/pictures.py'),
+                                       'skin_gradcam.pictures._saved_once_more': ( 'pictures.html#_saved_once_more',
+                                                                                   'skin_gradcam/pictures.py'),
                                        'skin_gradcam.pictures.breaks_off': ('pictures.html#breaks_off', 'skin_gradcam/pictures.py'),
                                        'skin_gradcam.pictures.check_size': ('pictures.html#check_size', 'skin_gradcam/pictures.py'),
                                        'skin_gradcam.pictures.decode': ('pictures.html#decode', 'skin_gradcam/pictures.py'),

@@ -29,6 +29,7 @@ from safetensors.numpy import load as load_tensors, save as save_tensors
 
 from .files import sync_folder, write_atomic
 from .lesions import CLASSES
+from .pictures import SQUASHES
 
 # %% ../nbs/18_bundle.ipynb #e18e09cc
 class BundleError(ValueError):
@@ -90,7 +91,7 @@ def unseal_json(data:bytes # as `seal_json` wrote it
 
 # %% ../nbs/18_bundle.ipynb #7ecbb97d
 SCHEMA = 1 # raised when the meaning of a field changes; a reader refuses every other schema
-RESIZE = 'squash-bilinear' # the one way in which `pictures.squash` brings a picture to size
+RESIZE = 'squash-bilinear' # how `pictures.squash` brings a picture to size, where nothing else is said
 SEEN_ROLES = ('train', 'valid', 'calibration') # roles whose lesions had a say in the model
 OPTIONAL = {'eight_views'} # fields that a `bundle.json` may lack
 def _plain(v:Any)->Any: return v.item() if isinstance(v, np.generic) else v
@@ -109,7 +110,7 @@ class BundleInfo:
     seen_lesions:dict = field(repr=False) # lesion ids by role (`SEEN_ROLES`); `evaluate` leaves their pictures out
     temperature:float|int = 1. # logits are divided by it before the softmax
     thresholds:dict = field(default_factory=lambda: dict(indeterminate=0.)) # top probability that an answer needs
-    resize:str = RESIZE # how a picture is brought to size
+    resize:str = RESIZE # how a picture is brought to size, one of `SQUASHES`
     gate:dict|None = None # figures of the gate in `gate.safetensors`, for people
     eight_views:dict|None = None # `temperature` and threshold (`indeterminate`) of the mean logits of eight views
     licence:str = '' # of the weights
@@ -165,7 +166,7 @@ def info_problems(info:BundleInfo # to be written, or read from a file
               "thresholds must hold 'indeterminate', from 0 to 1": _share(limit),
               "eight_views must hold 'temperature' above 0 and 'indeterminate' from 0 to 1":
                   eight is None or _above_0(eight.get('temperature')) and _share(eight.get('indeterminate')),
-              f'resize must be {RESIZE!r}': info.resize == RESIZE,
+              f"resize must be one of {', '.join(SQUASHES)}": info.resize in SQUASHES,
               f"seen_lesions must list the ids of {', '.join(SEEN_ROLES)}":
                   all(_ids(info.seen_lesions.get(r)) for r in SEEN_ROLES)}
     return [said for said,ok in checks.items() if not ok]

@@ -280,7 +280,7 @@ def evidence_step(explainer:Explainer, # that answers
                  )->tuple[Phantom, Explanation]: # what was drawn, and the answer with its maps
     "Draw and explain"
     drawn, i = draw_features(f), explainer.bundle.info
-    small, geometry = squash(drawn.picture, i.size)
+    small, geometry = squash(drawn.picture, i.size, i.resize)
     return drawn, explainer.answer([Prepared(drawn.image_id, to_input(small, i.mean, i.std), geometry, drawn.picture)])[0]
 
 def probability_html(e:Explanation # an answer

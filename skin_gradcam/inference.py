@@ -374,13 +374,13 @@ class Prepared:
 
 def prepare(src:Any, # path, bytes, file object, uint8 array or PIL picture
             name:str, # to call it
-            bundle:Bundle, # says size, mean and standard deviation
+            bundle:Bundle, # says size, way to it, mean and standard deviation
             keep_side:int|None=None, # longest side of the kept picture, pixels; None keeps it as it is, 0 keeps none
             limits:Limits=Limits() # of bytes and pixels
            )->Prepared: # raises `PictureError`
     "Decode, look at, squash and normalise one picture"
     im = open_picture(src, limits, name=name)
-    sq, geometry = squash(im, bundle.info.size)
+    sq, geometry = squash(im, bundle.info.size, bundle.info.resize)
     x = to_input(sq, bundle.info.mean, bundle.info.std)
     notes = picture_notes(im, bundle.info.size, sq if sq.size == (224, 224) else None)
     return Prepared(clean_name(name), x, geometry, None if keep_side == 0 else shrink(im, keep_side), notes)

@@ -15,10 +15,10 @@ from PIL import Image, ImageFile
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 # %% auto #0
-__all__ = ['SIGNATURES', 'FOREIGN', 'DECODERS', 'MAX_SCANS', 'TURNS', 'PictureError', 'Limits', 'check_size', 'read_path',
-           'read_bytes', 'picture_format', 'foreign_format', 'webp_size', 'open_header', 'upright', 'to_rgb',
-           'breaks_off', 'finish', 'decode', 'from_array', 'from_pil', 'source_name', 'open_picture', 'resize_map',
-           'Geometry', 'squash', 'to_input', 'quality_notes']
+__all__ = ['SIGNATURES', 'FOREIGN', 'DECODERS', 'MAX_SCANS', 'TURNS', 'SQUASHES', 'PictureError', 'Limits', 'check_size',
+           'read_path', 'read_bytes', 'picture_format', 'foreign_format', 'webp_size', 'open_header', 'upright',
+           'to_rgb', 'breaks_off', 'finish', 'decode', 'from_array', 'from_pil', 'source_name', 'open_picture',
+           'resize_map', 'Geometry', 'squash', 'to_input', 'quality_notes']
 
 # %% ../nbs/04_pictures.ipynb #2cd55d29
 class PictureError(ValueError):
@@ -328,13 +328,24 @@ class Geometry:
         return cls(int(d['width']), int(d['height']), int(d['size']))
 
 # %% ../nbs/04_pictures.ipynb #465c2a33
+SQUASHES = {'squash-bilinear': None, 'squash-bilinear-jpeg75': 75} # ways to the square: JPEG quality of what was not square yet
+
 def squash(im:Image.Image, # mode RGB, upright: what `open_picture` gives
-           size:int=224 # side of the square, pixels
+           size:int=224, # side of the square, pixels
+           way:str='squash-bilinear' # one of `SQUASHES`: how the model's training pictures were made
           )->tuple[Image.Image,Geometry]: # RGB `size` x `size`, and the way back
     "The whole frame as a square; raises `ValueError` for a picture that is not RGB"
     if im.mode!='RGB': raise ValueError(f"a picture of mode {im.mode} came to squash; use open_picture first")
     g = Geometry(im.width, im.height, size)
-    return (im if im.size==(size, size) else im.resize((size, size), Image.Resampling.BILINEAR)), g
+    if im.size==(size, size): return im, g
+    sq, quality = im.resize((size, size), Image.Resampling.BILINEAR), SQUASHES[way]
+    return (sq if quality is None else _saved_once_more(sq, quality)), g
+
+def _saved_once_more(im:Image.Image, quality:int)->Image.Image:
+    "What JPEG leaves of a picture"
+    file = BytesIO()
+    im.save(file, 'JPEG', quality=quality)
+    return Image.open(file).convert('RGB')
 
 # %% ../nbs/04_pictures.ipynb #23119ed4
 def to_input(im:Image.Image, # squashed, RGB

@@ -230,7 +230,9 @@ def answers(bundle: Bundle, pictures: Iterator[tuple[Picture, int]], batch: int 
     import torch
 
     from skin_gradcam.models import model_from_bundle
+    from skin_gradcam.steps import keep_memory
     torch.set_num_threads(1)
+    keep_memory()
     net, prep, rows, waiting = model_from_bundle(bundle), bundle.info, [], []
 
     def run() -> None:
@@ -241,7 +243,8 @@ def answers(bundle: Bundle, pictures: Iterator[tuple[Picture, int]], batch: int 
         waiting.clear()
 
     for p, y in pictures:
-        waiting.append((to_input(squash(p.image, prep.size)[0], prep.mean, prep.std), p.group, p.source, y))
+        square = squash(p.image, prep.size, prep.resize)[0]
+        waiting.append((to_input(square, prep.mean, prep.std), p.group, p.source, y))
         if len(waiting) == batch: run()
     if waiting: run()
     return Answers(*(np.array(v) for v in zip(*rows)))
