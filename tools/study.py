@@ -29,6 +29,7 @@ RESULTS = ROOT / 'results'
 PLAN, LEAK_PLAN = RESULTS / 'ham10000_plan.json', RESULTS / 'ham10000_leak_plan.json'
 CURVE = {100: 'lite0-100', 250: 'lite0-250', 440: 'lite0'}  # pictures a class; four fifths of them train a fold
 LEAK = ('lesions', 'pictures')
+COPIES = 'squash-bilinear-jpeg75'  # how the pictures in the archive were made out of the originals
 
 
 def manifest(name: str, folder: Path | str = '.') -> Manifest:
