@@ -233,7 +233,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><link rel="icon" href="{icon}"><style>{style}
 body {{ font-family: system-ui, sans-serif; line-height: 1.5; margin: 0 auto; max-width: 62rem; padding: 1rem; }}
-code, nav, p, li, h2, h3 {{ overflow-wrap: anywhere; }} pre {{ overflow-x: auto; font-size: .85rem; }} a {{ color: #0b5ea8; }}
+code, nav, p, li, h2, h3 {{ overflow-wrap: anywhere; }}
+pre {{ overflow-x: auto; font-size: .85rem; }} a {{ color: #0b5ea8; }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; }}
 td, th {{ border-bottom: 1px solid #8885; padding: .2rem .6rem; text-align: left; vertical-align: top; }}
 :root {{ color-scheme: light dark; }} body {{ background: #fff; color: #222; }}
