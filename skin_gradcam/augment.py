@@ -4,7 +4,6 @@
 
 # %% ../nbs/07_augment.ipynb #2330e10a
 from __future__ import annotations
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from .phantoms import View, corners, draw_hair
+from .pictures import through_jpeg
 
 # %% auto #0
 __all__ = ['DRAWS', 'BANK', 'HAIR_COLOR', 'LoaderError', 'Draw', 'draw', 'Augment', 'check_augment', 'affine', 'warp',
@@ -171,9 +171,8 @@ def recompressed(x:Tensor, # `uint8 [3,H,W]`
                  quality:int # of the JPEG, 1..95
                 )->Tensor: # `uint8 [3,H,W]`
     "A picture after a trip through a JPEG file"
-    file = io.BytesIO()
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, 'JPEG', quality=quality)
-    return torch.from_numpy(np.asarray(Image.open(file)).transpose(2, 0, 1).copy())
+    back = through_jpeg(Image.fromarray(x.permute(1, 2, 0).numpy()), quality)
+    return torch.from_numpy(np.asarray(back).transpose(2, 0, 1).copy())
 
 def some_recompressed(x:Tensor, # `uint8 [B,3,H,W]`
                       u:dict[str, Tensor], # of `draw`

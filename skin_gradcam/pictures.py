@@ -18,7 +18,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin,
 __all__ = ['SIGNATURES', 'FOREIGN', 'DECODERS', 'MAX_SCANS', 'TURNS', 'SQUASHES', 'PictureError', 'Limits', 'check_size',
            'read_path', 'read_bytes', 'picture_format', 'foreign_format', 'webp_size', 'open_header', 'upright',
            'to_rgb', 'breaks_off', 'finish', 'decode', 'from_array', 'from_pil', 'source_name', 'open_picture',
-           'resize_map', 'Geometry', 'squash', 'to_input', 'quality_notes']
+           'resize_map', 'Geometry', 'through_jpeg', 'squash', 'to_input', 'quality_notes']
 
 # %% ../nbs/04_pictures.ipynb #2cd55d29
 class PictureError(ValueError):
@@ -328,6 +328,16 @@ class Geometry:
         return cls(int(d['width']), int(d['height']), int(d['size']))
 
 # %% ../nbs/04_pictures.ipynb #465c2a33
+def through_jpeg(im:Image.Image, # mode RGB
+                 quality:int # of the JPEG, 1..95
+                )->Image.Image: # RGB
+    "A picture after a trip through a JPEG file"
+    file = BytesIO()
+    im.save(file, 'JPEG', quality=quality)
+    back = Image.open(file)
+    back.load()
+    return back
+
 SQUASHES = {'squash-bilinear': None, 'squash-bilinear-jpeg75': 75} # ways to the square: JPEG quality of what was not square yet
 
 def squash(im:Image.Image, # mode RGB, upright: what `open_picture` gives
@@ -339,13 +349,7 @@ def squash(im:Image.Image, # mode RGB, upright: what `open_picture` gives
     g = Geometry(im.width, im.height, size)
     if im.size==(size, size): return im, g
     sq, quality = im.resize((size, size), Image.Resampling.BILINEAR), SQUASHES[way]
-    return (sq if quality is None else _saved_once_more(sq, quality)), g
-
-def _saved_once_more(im:Image.Image, quality:int)->Image.Image:
-    "What JPEG leaves of a picture"
-    file = BytesIO()
-    im.save(file, 'JPEG', quality=quality)
-    return Image.open(file).convert('RGB')
+    return (sq if quality is None else through_jpeg(sq, quality)), g
 
 # %% ../nbs/04_pictures.ipynb #23119ed4
 def to_input(im:Image.Image, # squashed, RGB

@@ -5,7 +5,6 @@
 # %% ../nbs/27_stress.ipynb #d4030882
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from .calibration import _check_folds, _columns
 from .evaluation import (_draws, _intervals, _over_draws, balanced_accuracy, check_predictions, ece,
                                      macro_auroc)
 from .phantoms import Sheet, View, corners, draw_hair, draw_ink, draw_ruler, lay, smoothstep, stream
-from .pictures import open_picture
+from .pictures import open_picture, through_jpeg
 
 # %% auto #0
 __all__ = ['Rgb', 'CORRUPTIONS', 'Predict', 'gaussian_blur', 'soft_disc', 'defocus', 'low_resolution', 'add_noise', 'recompress',
@@ -101,9 +100,7 @@ def recompress(picture:Rgb,
                seed:int=0 # not used
               )->Rgb:
     "Saved as JPEG and read again"
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, 'JPEG', quality=int(amount))
-    return np.array(open_picture(file.getvalue()))
+    return np.array(through_jpeg(Image.fromarray(picture), int(amount)))
 
 # %% ../nbs/27_stress.ipynb #1d8cb137
 def add_hair(picture:Rgb,
