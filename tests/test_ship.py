@@ -39,6 +39,7 @@ def test_the_one_that_ships_is_one_of_the_candidates():
     found = [b for b in told["bundles"].values() if b["weights"] == mine.files[MODEL]]
     assert len(found) == 1 and found[0]["lesions"] == len(mine.seen_lesions["train"])
     for b in told["bundles"].values():
+        assert b["recipe"]["arch"] == b["arch"]  # each can be trained again
         assert set(b["rows"]) == {"clean", "sharper", "square", *COMPARE.CORRUPTIONS}
         for k, v in b["mean"].items():
             assert v == pytest.approx(np.mean([r[k] for c, r in b["rows"].items() if c != "clean"]), abs=2e-5)

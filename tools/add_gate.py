@@ -50,12 +50,16 @@ MILD = ("sharper", *(k for k in CORRUPTIONS if k not in ("ruler", "ink")))  # at
 CHANGED = dict(train=4, valid=6, calibration=6)  # how many changes of each picture of a role take part
 
 
+def sharper(picture: Image.Image) -> Image.Image:
+    return picture.filter(ImageFilter.UnsharpMask(1, 150, 0))
+
+
 def mildly_changed(picture: Image.Image, n: int, name_of_it: str) -> Iterator[Image.Image]:
     "The picture after `n` different mild changes, drawn by chance; its name is the seed"
     rng = np.random.default_rng(crc32(name_of_it.encode()))
     for name in rng.choice(MILD, n, replace=False):
         if name == "sharper":
-            yield picture.filter(ImageFilter.UnsharpMask(1, 150, 0))
+            yield sharper(picture)
         else:
             yield Image.fromarray(corrupted(np.asarray(picture), name, 1))
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from add_gate import HELD, sharper
+from PIL import Image
 from robust_trials import FIGURES, SEVERITY, logits
 from study import COPIES, RESULTS, ROOT, manifest
 
@@ -35,8 +36,6 @@ from skin_gradcam.stress import CORRUPTIONS, corrupted
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 from resize_parity import parity  # noqa: E402
 
-HELD = ('valid', 'calibration')
-
 
 def square(a: np.ndarray) -> np.ndarray:
     "The square in the middle of the 4:3 frame that a squashed copy shows"
@@ -45,14 +44,10 @@ def square(a: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(a[:, left:w - left]).resize((w, h), Image.Resampling.BICUBIC))
 
 
-def sharper(a: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(a).filter(ImageFilter.UnsharpMask(1, 150, 0)))
-
-
 def versions(pictures: list[np.ndarray]) -> Iterator[tuple[str, list[np.ndarray]]]:
     "What is shown, by name: the pictures as they are, then one change after the other"
     yield 'clean', pictures
-    yield 'sharper', [sharper(a) for a in pictures]
+    yield 'sharper', [np.asarray(sharper(Image.fromarray(a))) for a in pictures]
     yield 'square', [square(a) for a in pictures]
     for name in CORRUPTIONS: yield name, [corrupted(a, name, SEVERITY, i) for i, a in enumerate(pictures)]
 
@@ -73,8 +68,8 @@ def figures(b: Bundle, y: np.ndarray, p: dict[str, np.ndarray], lesion: np.ndarr
     rows = {c: {f.__name__: round(float(f(y, q)), 5) for f in FIGURES} for c, q in p.items()}
     mean = {k: round(float(np.mean([r[k] for c, r in rows.items() if c != 'clean'])), 5) for k in rows['clean']}
     clean = {f.__name__: lesion_bootstrap(f, y, p['clean'], lesion).to_dict() for f in (balanced_accuracy, macro_auroc)}
-    return dict(arch=b.info.arch, weights=b.info.files[MODEL], lesions=len(b.info.seen_lesions['train']), clean=clean,
-                mean=mean, rows=rows)
+    return dict(arch=b.info.arch, weights=b.info.files[MODEL], recipe=b.info.recipe,
+                lesions=len(b.info.seen_lesions['train']), clean=clean, mean=mean, rows=rows)
 
 
 def main(argv: list[str] | None = None) -> int:

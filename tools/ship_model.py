@@ -1,12 +1,11 @@
 """Make a trained run the model that ships: skin_gradcam/assets/default, with its figures in results/ and its card.
 
-    skin-gradcam train --data ../shared/data/ham10000 --manifest results/ham10000_roles.csv --extend 7000 \\
-        --recipe results/ham10000_recipe_first.json --out runs/mnv2_B
-    skin-gradcam train --data ../shared/data/ham10000 --manifest results/ham10000_roles.csv --extend 7000 \\
-        --recipe results/ham10000_recipe.json --out runs/mnv2_D
-    python tools/mean_bundle.py runs/mnv2_B runs/mnv2_D --out runs/mean/bundle
-    python tools/compare_bundles.py runs/mean/bundle  # and any other candidates: which of them should ship?
-    python tools/ship_model.py runs/mnv2_B runs/mnv2_D --bundle runs/mean/bundle    # a few minutes
+    skin-gradcam train --data ../shared/data/ham10000 --manifest results/ham10000_roles.csv --extend 800 \\
+        --recipe results/ham10000_recipe_160.json --out runs/ham10000_160
+    skin-gradcam train --data ../shared/data/ham10000 --manifest results/ham10000_roles.csv --extend 800 \\
+        --recipe results/ham10000_recipe.json --out runs/ham10000_224
+    python tools/compare_bundles.py runs/ham10000_224/bundle   # and any other candidates: which of them should ship?
+    python tools/ship_model.py runs/ham10000_160 runs/ham10000_224    # a few minutes
     python benchmarks/resize_parity.py                # the last check before the test role is looked at
     skin-gradcam evaluate --data ../shared/data/ham10000 --manifest results/ham10000_roles.csv --role test \\
         --out results/ham10000_test.json
@@ -15,10 +14,10 @@
     python tools/ship_model.py --card runs/assessment # the card, of these figures and of the study
     python benchmarks/resize_parity.py                # its file names the bundle by the hash of everything in it
 
-What ships is the bundle of the last run, or the one that is named; of runs that followed each other the history is kept
-whole. It gets its ONNX form, gate and eight views here. A run fits its temperature on
-the role `calibration`; as its last epoch ships, `valid` chose no epoch, so both roles take part in the temperature and
-the threshold that ship, as they are and mildly changed (another camera, light, size, compression). The tool refuses a
+What ships is the bundle of the last run, or another that is named (`tools/mean_bundle.py`); of runs that followed each
+other the history is kept whole. It gets its ONNX form, gate and eight views here. A run fits its temperature on the
+role `calibration`; as its last epoch ships, `valid` chose no epoch, so both roles take part in the temperature and the
+threshold that ship, as they are and mildly changed (another camera, light, size, compression). The tool refuses a
 network over 10 MB, one that saw a lesion of the test role, and figures of other weights; whatever it refuses leaves the
 shipped model as it was.
 """
@@ -83,9 +82,9 @@ def recalibrated(bundle: Bundle, m: Manifest) -> BundleInfo:
     t = float(fit_temperature(held.logits, held.y))
     plain, valid = add_gate.of(held, *add_gate.HELD), add_gate.of(held, "valid")
     limit = float(coverage_threshold(softmax(plain.logits, t), bundle.info.recipe["coverage"]))
-    told = evaluate(valid.y, softmax(valid.logits, t), list(valid.lesion), classes=m.classes).to_dict()
+    figures = evaluate(valid.y, softmax(valid.logits, t), list(valid.lesion), classes=m.classes).to_dict()
     return replace(bundle.info, temperature=t, thresholds=dict(indeterminate=limit),
-                   metrics=dict(valid=told, temperature=t, indeterminate_below=limit))
+                   metrics=dict(valid=figures, temperature=t, indeterminate_below=limit))
 
 
 def ship(bundle: Bundle, runs: list[Run], pictures: Path, draft: Path) -> None:
@@ -131,7 +130,7 @@ def write_card(assessment: Assessment, folder: Path = ASSETS) -> None:
     figures = {k: v for k, v in test.items() if k in FIGURES | {"n", "n_lesions", "n_boot"}}
     bundle = replace(bundle, info=replace(bundle.info, metrics=bundle.info.metrics | {"test": figures}))
     text = card_text(bundle, assessment, told("ham10000_study.json"), parity)
-    done = add_files(load_bundle(folder), {CARD: text.encode()}, metrics=bundle.info.metrics)
+    done = add_files(bundle, {CARD: text.encode()})
     assessment.save(RESULTS / "ham10000_assessment.json")
     print(f"{folder.name}: {CARD} of {len(text) / 1e3:.0f} kB; the bundle is now {done.hash[:12]}")
 
