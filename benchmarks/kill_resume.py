@@ -1,9 +1,9 @@
 """Training that is killed and goes on: does it end where one ends that was never stopped?
 
-A run of a small network on phantoms, with every option that holds state (frozen epochs, growing size, mixup, dropout,
-averaged weights, several kept epochs), is killed (SIGKILL) at random moments and resumed, until the asked number of
-kills is there. Each run must end with the files of the run that was never stopped, byte for byte: best and last
-weights, kept epochs, history, bundle. CPU, one thread.
+A run of a small network on phantoms, with every option that draws numbers or holds state (frozen epochs, growing size,
+mixup, pairs, dropout, averaged weights, several kept epochs), is killed (SIGKILL) at random moments and resumed, until
+the asked number of kills is there. Each run must end with the files of the run that was never stopped, byte for byte:
+best and last weights, kept epochs, history, bundle. CPU, one thread.
 
     python benchmarks/kill_resume.py             # 50 kills, about ten minutes; writes results/kill_resume.json
     python benchmarks/kill_resume.py --kills 4   # writes nothing unless --out is given
@@ -30,7 +30,7 @@ from skin_gradcam.training import Recipe, train
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(arch='mobilenetv3_small_050', pretrained=False, size=96, progressive=((64, 2),), epochs=4,
-                freeze_epochs=1, bs=8, mixup=.2, cutmix=1., ema=.9, lr=2e-3)
+                freeze_epochs=1, bs=8, mixup=.2, cutmix=1., consistency=1., ema=.9, lr=2e-3)
 SAME = ('checkpoints/best.safetensors', 'checkpoints/last.safetensors', 'checkpoints/epoch-0003.safetensors',
         'checkpoints/epoch-0004.safetensors', 'history.csv', 'metrics.json', 'bundle/model.safetensors')
 

@@ -20,8 +20,8 @@ from .pictures import through_jpeg
 
 # %% auto #0
 __all__ = ['DRAWS', 'BANK', 'HAIR_COLOR', 'LoaderError', 'Draw', 'draw', 'Augment', 'check_augment', 'affine', 'warp',
-           'recolouring', 'recolour', 'blurred', 'in_threads', 'recompressed', 'some_recompressed', 'hide', 'noisy',
-           'squashed_stack', 'hair_bank', 'corner_bank', 'hairy', 'vignetted', 'augmented']
+           'recolouring', 'recolour', 'blurred', 'sharpened', 'in_threads', 'recompressed', 'some_recompressed', 'hide',
+           'noisy', 'squashed_stack', 'hair_bank', 'corner_bank', 'hairy', 'vignetted', 'augmented']
 
 # %% ../nbs/07_augment.ipynb #4cb6363c
 class LoaderError(ValueError):
@@ -39,7 +39,7 @@ class Draw(int):
 # %% ../nbs/07_augment.ipynb #ed0f1263
 DRAWS = ('flip_x', 'flip_y', 'rotate', 'zoom', 'stretch', 'shift_x', 'shift_y', 'brightness', 'contrast', 'saturation',
          'hue', 'red', 'green', 'blue', 'blur', 'jpeg', 'quality', 'cutout', 'cutout_x', 'cutout_y', 'noise',
-         'noise_seed', 'hair', 'hair_cover', 'hair_turn', 'vignette', 'vignette_depth') # new ones go to the end
+         'noise_seed', 'hair', 'hair_cover', 'hair_turn', 'vignette', 'vignette_depth', 'sharpen') # new ones go to the end
 
 def draw(seed:int, # of the run, from 0
          epoch:int, # from 0, for items that carry none
@@ -70,6 +70,7 @@ class Augment:
     cutout:float = 0. # side of a square that hides a part of half of the pictures, as a share of the side
     hair:float = 0. # densest hair drawn over half of the pictures, 0 none to 1 dense
     vignette:float = 0. # strongest vignette of half of the pictures, 0 none to 1 black corners
+    sharpen:float = 0. # largest gain of an unsharp mask over half of the pictures
 
     def __post_init__(self)->None: check_augment(self)
     @classmethod
@@ -78,7 +79,7 @@ class Augment:
 # %% ../nbs/07_augment.ipynb #5c95c788
 _ranges = dict(rotate=(0, 180), stretch=(1, 4), shift=(0, .5), brightness=(0, 2), contrast=(0, 2), saturation=(0, 2),
                hue=(0, .5), cast=(0, 1), blur=(0, 10), noise=(0, 1), jpeg=(0, 95), cutout=(0, .9),
-               hair=(0, 1), vignette=(0, 1))
+               hair=(0, 1), vignette=(0, 1), sharpen=(0, 10))
 
 def check_augment(a:Augment)->None:
     "Raise `LoaderError` for an option out of its range"
@@ -154,6 +155,14 @@ def blurred(x:Tensor, # `[B,3,H,W]`
     k = (k/k.sum(1, keepdim=True)).repeat_interleave(3, 0)[:,None,:,None]
     y = F.pad(x.flatten(0, 1)[None], (r, r, r, r), mode='reflect')
     return F.conv2d(F.conv2d(y, k, groups=len(k)), k.transpose(2, 3), groups=len(k)).view_as(x)
+
+def sharpened(x:Tensor, # `[B,3,H,W]` 0..1
+              u:dict[str, Tensor], # of `draw`
+              largest:float # gain
+             )->Tensor: # `[B,3,H,W]` 0..1
+    "Unsharp mask over half of the pictures, of a radius of one pixel"
+    gain = ((2*u['sharpen'] - 1).clamp(min=0)*largest).float()[:,None,None,None]
+    return (x + gain*(x - blurred(x, torch.ones(len(x))))).clamp_(0, 1)
 
 # %% ../nbs/07_augment.ipynb #d3e3a721
 def in_threads(do:Callable[[int], None], # called once for each item, from as many threads as PyTorch has
@@ -266,6 +275,7 @@ def augmented(a:Augment,
     if a.flip or a.rotate or a.shift or a.zoom != (1, 1) or a.stretch != 1: x = warp(x, affine(a, u))
     if a.vignette: x = vignetted(x, u, a.vignette)
     if a.blur: x = blurred(x, u['blur']*a.blur)
+    if a.sharpen: x = sharpened(x, u, a.sharpen)
     if any((a.brightness, a.contrast, a.saturation, a.hue, a.cast)): x = recolour(x, *recolouring(a, u, x.mean((2, 3))))
     if a.cutout: x = hide(x, u, a.cutout)
     return noisy(x, u, a.noise) if a.noise else x

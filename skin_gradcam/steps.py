@@ -6,7 +6,7 @@
 from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from fastai.callback.schedule import combined_cos
 from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor, nn
 
+from .augment import DRAWS, Augment, augmented, some_recompressed
 from .models import LesionNet, splitter
 
 # %% auto #0
-__all__ = ['M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_MAX', 'keep_memory', 'ChannelsLast', 'has_bf16', 'train_in_bf16',
+__all__ = ['M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_MAX', 'CAMERA', 'keep_memory', 'ChannelsLast', 'has_bf16', 'train_in_bf16',
            'step_seconds', 'bf16_gain', 'stages', 'FrozenStages', 'trainable_groups', 'AveragedWeights', 'copy_state',
-           'SeededSteps', 'step_seed', 'MixedPictures', 'mixed', 'ClassLoss', 'Phase', 'OneCycle', 'GrowingSize',
-           'epochs_without_gain', 'StopEarly', 'moments', 'set_moments']
+           'SeededSteps', 'step_seed', 'MixedPictures', 'mixed', 'ClassLoss', 'PairedPictures', 'retaken',
+           'disagreement', 'Phase', 'OneCycle', 'GrowingSize', 'epochs_without_gain', 'StopEarly', 'moments',
+           'set_moments']
 
 # %% ../nbs/21_steps.ipynb #7d5e0f12
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4 # numbers of the options in <malloc.h>
@@ -187,6 +189,41 @@ class ClassLoss(CrossEntropyLossFlat):
         f = self.func
         return nn.functional.cross_entropy(torch.as_tensor(inp), torch.as_tensor(targ), weight=f.weight, reduction=f.reduction,
                                            label_smoothing=f.label_smoothing)
+
+# %% ../nbs/21_steps.ipynb #a1ea984e
+CAMERA = replace(Augment.none(), blur=.8, sharpen=2., jpeg=50) # what another camera or another way of saving changes
+
+class PairedPictures(Callback):
+    "Show every picture of a training step twice and add the disagreement of the two answers to the loss"
+    order = -11
+    run_valid = False
+    def __init__(self, weight:float, # of the disagreement
+                 camera:Augment # what may differ between the two pictures
+                ):
+        self.weight, self.camera = weight, camera
+    def before_batch(self)->None:
+        x, y = torch.as_tensor(self.xb[0]), torch.as_tensor(self.yb[0])
+        d = self.learn.dls.train.dataset
+        again = (retaken(self.camera, x*d.std + d.mean) - d.mean)/d.std
+        self.learn.xb, self.learn.yb = (torch.cat([x, again]).contiguous(memory_format=torch.channels_last),), (torch.cat([y, y]),)
+    def after_loss(self)->None:
+        self.learn.loss_grad = self.learn.loss_grad + self.weight*disagreement(torch.as_tensor(self.pred))
+        self.learn.loss = self.learn.loss_grad.clone()
+
+def retaken(camera:Augment, # strengths of the changes
+            x:Tensor # `[B,3,S,S]` 0..1
+           )->Tensor: # `[B,3,S,S]` 0..1
+    "The pictures of a batch as another camera might have taken them, with numbers from torch's generator"
+    u = dict(zip(DRAWS, torch.rand(len(DRAWS), len(x), dtype=torch.float64)))
+    def in_bytes(x:Tensor)->Tensor: return x.clamp(0, 1).mul(255).round().byte()
+    seen = in_bytes(augmented(replace(camera, jpeg=0), in_bytes(x), u))
+    return (some_recompressed(seen, u, camera.jpeg) if camera.jpeg else seen).float()/255
+
+def disagreement(logits:Tensor # `[2B,C]`, first the one, then the other picture of each pair
+                )->Tensor: # scalar, nats; 0 when all pairs agree
+    "Mean divergence of Jeffreys between the two answers of a pair"
+    a, b = logits.float().log_softmax(1).chunk(2)
+    return ((a.exp() - b.exp())*(a - b)).sum(1).mean()
 
 # %% ../nbs/21_steps.ipynb #801c4bdf
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +30,8 @@ from .evaluation import balanced_accuracy, coverage_threshold, evaluate, fit_tem
 from .lesions import CITATION, DATA_LICENSE
 from .loaders import Augment, EpochSetter, class_weights, fastai_loaders, label_numbers, role_loader
 from .models import LesionNet, create_model, model_tensors
-from .steps import (AveragedWeights, ChannelsLast, ClassLoss, FrozenStages, GrowingSize, MixedPictures, OneCycle, Phase, SeededSteps,
-    StopEarly, copy_state, has_bf16, keep_memory, moments, set_moments, stages, train_in_bf16, trainable_groups)
+from .steps import (CAMERA, AveragedWeights, ChannelsLast, ClassLoss, FrozenStages, GrowingSize, MixedPictures, OneCycle, PairedPictures, Phase,
+    SeededSteps, StopEarly, copy_state, has_bf16, keep_memory, moments, set_moments, stages, train_in_bf16, trainable_groups)
 
 # %% auto #0
 __all__ = ['MONITORS', 'HISTORY', 'M', 'BARS', 'RecipeError', 'Recipe', 'check_recipe', 'recipe_from', 'recipe_differences',
@@ -71,6 +71,8 @@ class Recipe:
     ema:float = 0.99 # decay of the averaged weights a step; 0 switches averaging off
     balanced:bool = True # draw the classes equally often in an epoch
     augment:Augment = field(default_factory=Augment) # random changes of the training pictures
+    consistency:float = 0. # weight of the penalty for two answers to one picture, see `PairedPictures`; 0 for none
+    camera:Augment = CAMERA # what differs between the two pictures that should get one answer
     bf16:bool = False # forward and backward pass in mixed precision, see `bf16_gain`
     patience:int = 0 # stop the main phase after so many epochs without a better `monitor`; 0 never stops
     checkpoint:str = 'last' # weights to ship: `last`, the end of the schedule, or `best` by `monitor`
@@ -90,7 +92,7 @@ MONITORS = {'log_loss': 'min', 'balanced_accuracy': 'max', 'auroc': 'max'} # his
 
 _ranges:dict[str, tuple[float, float]] = dict(size=(32, 1024), epochs=(1, 1000), freeze_epochs=(0, 100), frozen_stages=(0, 1000), lr=(1e-8, 1),
     head_lr=(1e-8, 1), pct_start=(.01, .99), wd=(0, 1), bs=(2, 4096), label_smoothing=(0, .5), mixup=(0, 10), cutmix=(0, 10), dropout=(0, .9),
-    ema=(0, .99999), patience=(0, 1000), coverage=(.1, 1))
+    consistency=(0, 100), ema=(0, .99999), patience=(0, 1000), coverage=(.1, 1))
 
 def check_recipe(r:Recipe)->None:
     "Raise `RecipeError` for a value that no run could use"
@@ -120,16 +122,16 @@ def recipe_from(d:dict)->Recipe: # raises `RecipeError` for an unknown field
     "The recipe in a dict, such as its own `to_dict` or a JSON file gives"
     known = {f.name for f in fields(Recipe)}
     if bad := sorted(set(d)-known): raise RecipeError(f"recipe: unknown field {', '.join(bad)}; known are {', '.join(sorted(known))}")
-    try: return Recipe(**{**d, 'augment': _augment(d.get('augment'))})
+    try: return Recipe(**{**d, 'augment': _augment(d.get('augment'), Augment()), 'camera': _augment(d.get('camera'), CAMERA)})
     except TypeError as e: raise RecipeError(f'recipe: {e}') from None
 
 def recipe_differences(a:Recipe, b:Recipe)->list[str]:
     "Names of the fields in which two recipes differ"
     return [f.name for f in fields(Recipe) if getattr(a, f.name) != getattr(b, f.name)]
 
-def _augment(a:Any)->Augment:
-    "An `Augment` from itself, a dict of its fields, or None for the default"
-    return a if isinstance(a, Augment) else Augment(**(a or {}))
+def _augment(a:Any, default:Augment)->Augment:
+    "An `Augment` from itself, or from a dict of some of its fields; the default has the others"
+    return a if isinstance(a, Augment) else replace(default, **(a or {}))
 
 # %% ../nbs/26_training.ipynb #8f37a81f
 def _read_json(file:str|Path)->dict:
@@ -207,8 +209,9 @@ def training_loss(recipe:Recipe, manifest:Manifest)->ClassLoss:
 def step_callbacks(recipe:Recipe, n_classes:int)->list[Callback]:
     "What a training step of this recipe does besides fastai's own"
     mixing = [MixedPictures(n_classes, recipe.mixup, recipe.cutmix)] if recipe.mixup or recipe.cutmix else []
+    pairs = [PairedPictures(recipe.consistency, recipe.camera)] if recipe.consistency else []
     averaged = [AveragedWeights(recipe.ema)] if recipe.ema else []
-    return [ChannelsLast(), EpochSetter(), SeededSteps(recipe.seed), FrozenStages(recipe.frozen_stages), *mixing, *averaged]
+    return [ChannelsLast(), EpochSetter(), SeededSteps(recipe.seed), FrozenStages(recipe.frozen_stages), *mixing, *pairs, *averaged]
 
 # %% ../nbs/26_training.ipynb #0b99cfeb
 def find_lr(recipe:Recipe, manifest:Manifest, # role `train` is used

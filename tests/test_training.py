@@ -51,7 +51,8 @@ def test_the_stored_kills_are_exact():
 
 @pytest.mark.parametrize('change', [dict(mixup=.4), dict(cutmix=1.), dict(label_smoothing=0.), dict(ema=0.),
                                     dict(class_weights=True, balanced=False), dict(progressive=((32, 1),)),
-                                    dict(pct_start=.6), dict(seed=1), dict(dropout=.6)])
+                                    dict(pct_start=.6), dict(seed=1), dict(dropout=.6), dict(consistency=2.),
+                                    dict(consistency=2., camera=dict(jpeg=20))])
 def test_each_option_changes_what_is_learned(change, manifest, tmp_path):
     if 'class_weights' in change:  # equal classes have equal weights: thin one out
         d = manifest.df
