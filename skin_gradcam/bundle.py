@@ -93,7 +93,7 @@ def unseal_json(data:bytes # as `seal_json` wrote it
 SCHEMA = 1 # raised when the meaning of a field changes; a reader refuses every other schema
 RESIZE = 'squash-bilinear' # how `pictures.squash` brings a picture to size, where nothing else is said
 SEEN_ROLES = ('train', 'valid', 'calibration') # roles whose lesions had a say in the model
-OPTIONAL = {'eight_views'} # fields that a `bundle.json` may lack
+OPTIONAL = {'eight_views', 'gate_stages'} # fields that a `bundle.json` may lack
 def _plain(v:Any)->Any: return v.item() if isinstance(v, np.generic) else v
 
 # %% ../nbs/18_bundle.ipynb #fbb9c593
@@ -112,6 +112,7 @@ class BundleInfo:
     thresholds:dict = field(default_factory=lambda: dict(indeterminate=0.)) # top probability that an answer needs
     resize:str = RESIZE # how a picture is brought to size, one of `SQUASHES`
     gate:dict|None = None # figures of the gate in `gate.safetensors`, for people
+    gate_stages:list|None = None # modules of the backbone whose maps the gate looks at; None: it looks at the pooled features
     eight_views:dict|None = None # `temperature` and threshold (`indeterminate`) of the mean logits of eight views
     licence:str = '' # of the weights
     attribution:str = '' # whom to cite for the data
@@ -166,6 +167,7 @@ def info_problems(info:BundleInfo # to be written, or read from a file
               "thresholds must hold 'indeterminate', from 0 to 1": _share(limit),
               "eight_views must hold 'temperature' above 0 and 'indeterminate' from 0 to 1":
                   eight is None or _above_0(eight.get('temperature')) and _share(eight.get('indeterminate')),
+              'gate_stages must be a list of names': info.gate_stages is None or bool(info.gate_stages) and _ids(info.gate_stages),
               f"resize must be one of {', '.join(SQUASHES)}": info.resize in SQUASHES,
               f"seen_lesions must list the ids of {', '.join(SEEN_ROLES)}":
                   all(_ids(info.seen_lesions.get(r)) for r in SEEN_ROLES)}

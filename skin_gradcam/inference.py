@@ -405,9 +405,8 @@ def torch_backend(bundle:Bundle, # whose weights to run
     except (RuntimeError, AssertionError) as e: raise BackendError(f"device {device!r}: PyTorch cannot use it ({str(e).splitlines()[0]})") from None
     def run(x:np.ndarray)->tuple[np.ndarray,...]:
         with torch.inference_mode():
-            f = model.features(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device))
-            pooled = model.pool(f)
-            return tuple(v.cpu().numpy() for v in (model.head(pooled), closed_form(model.classifier.weight, f), pooled))
+            maps, features = model.described(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device))
+            return tuple(v.cpu().numpy() for v in (model.head(model.pool(maps)), closed_form(model.classifier.weight, maps), features))
     return run
 
 # %% ../nbs/40_inference.ipynb #7bb40eff
@@ -584,7 +583,7 @@ def bundle_gate(bundle:Bundle # any
     try: gate = Gate.from_arrays(arrays)
     except ValueError as e: raise BundleError(f'{file}: {e}') from None
     have, need = bundle.head()[0].shape[1], gate.space.means.shape[1] if gate.space else None
-    if need not in (have, None):
+    if not bundle.info.gate_stages and need not in (have, None):
         raise BundleError(f'{file}: looks at {need} features, the network has {have}; make it again with tools/add_gate.py')
     return gate
 

@@ -11,7 +11,7 @@ import pickle
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
@@ -37,8 +37,8 @@ from .lesions import CLASSES
 __all__ = ['TORCHVISION', 'WHEELS', 'ModelError', 'Preprocessing', 'backbone_names', 'check_name', 'preprocessing', 'TimmBody',
            'plain_families', 'TorchvisionBody', 'features_shape', 'called_children', 'drop_unreached', 'fit_body',
            'make_body', 'load_weights', 'read_weights', 'wheel_weights', 'reachable', 'need_network', 'cached_file',
-           'not_loaded', 'timm_weights', 'torchvision_weights', 'LesionNet', 'create_model', 'splitter',
-           'model_tensors', 'model_from_bundle']
+           'not_loaded', 'timm_weights', 'torchvision_weights', 'map_statistics', 'LesionNet', 'create_model',
+           'splitter', 'model_tensors', 'model_from_bundle', 'with_gate_stages']
 
 # %% ../nbs/20_models.ipynb #6424341d
 class ModelError(ValueError):
@@ -297,6 +297,12 @@ def torchvision_weights(arch:str # with the prefix
     return {re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12])', r'\1\2', k): v for k,v in state.items()}
 
 # %% ../nbs/20_models.ipynb #5154bf64
+def map_statistics(maps:Tensor # `[B,K,h,w]`
+                  )->Tensor: # `[B,2K]`
+    "Mean and standard deviation of each map, brought to length 1 for each picture"
+    var, mean = torch.var_mean(maps, (2, 3), correction=0)
+    return nn.functional.normalize(torch.cat([mean, var.sqrt()], 1), dim=1)
+
 class LesionNet(nn.Module):
     "A convnet whose logits are a linear function of its average feature maps"
     def __init__(self, body:nn.Module, # `[B,3,H,W]` -> `[B,K,h,w]`
@@ -310,10 +316,20 @@ class LesionNet(nn.Module):
         self.body,self.pool = body,nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(n_features, n_classes))
         self.arch,self.preprocessing = arch,preprocessing or Preprocessing((.485, .456, .406), (.229, .224, .225), 224)
+        self.gate_stages:tuple[str, ...] = () # modules of the body that `described` looks at
     def features(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                 )->Tensor: # `[B,K,h,w]`
         "The maps after the last activation"
         return self.body(x)
+    def described(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
+                 )->tuple[Tensor, Tensor]: # the maps `[B,K,h,w]` of `features`, and `[B,D]`
+        "The maps, and what a gate looks at: `map_statistics` of the `gate_stages`, or without any the pooled maps"
+        seen:list[Tensor] = []
+        hooks = [self.body.get_submodule(n).register_forward_hook(lambda _,__,out: seen.append(map_statistics(out))) for n in self.gate_stages]
+        try: maps = self.features(x)
+        finally:
+            for h in hooks: h.remove()
+        return maps, torch.cat(seen, 1) if hooks else self.pool(maps)
     def forward(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                )->Tensor: # logits `[B,C]`
         return self.head(self.pool(self.features(x)))
@@ -371,4 +387,14 @@ def model_from_bundle(bundle:Bundle # checked, as `load_bundle` gives it
         why = str(e).splitlines()[1].strip()[:200]
         raise ModelError(f"{bundle.folder}: its weights are not those of {i.arch} ({why})") from None
     net.preprocessing = Preprocessing(tuple(i.mean), tuple(i.std), i.size)
-    return net.eval()
+    return with_gate_stages(net, i.gate_stages or ()).eval()
+
+def with_gate_stages(net:LesionNet, # changed
+                     names:Iterable[str] # modules of its body whose output is `[B,K,h,w]`
+                    )->LesionNet: # the same; raises `ModelError`
+    "Let the gate look at other stages of the network"
+    known = {n for n,_ in net.body.named_modules() if n}
+    if unknown := [n for n in names if n not in known]:
+        raise ModelError(f"{net.arch}: has no stage {unknown[0]}; there are {', '.join(sorted(known)[:12])}, ...")
+    net.gate_stages = tuple(names)
+    return net

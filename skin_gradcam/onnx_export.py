@@ -44,11 +44,10 @@ class WithMaps(nn.Module):
     def forward(self, x:Tensor # `[B,3,S,S]`, normalised
                )->tuple[Tensor,Tensor,Tensor,Tensor]: # logits, probabilities `[B,C]`, maps `[B,C,h,w]`, features `[B,K]`
         "The outputs of `OUTPUTS`"
-        a = self.net.features(x)
-        pooled = self.net.pool(a)
-        logits = self.net.head(pooled)
+        a, features = self.net.described(x)
+        logits = self.net.head(self.net.pool(a))
         maps = nn.functional.conv2d(a, self.net.classifier.weight[..., None, None]) / (a.shape[-1]*a.shape[-2])
-        return logits, torch.softmax(logits/self.temperature, 1), maps, pooled
+        return logits, torch.softmax(logits/self.temperature, 1), maps, features
 
 # %% ../nbs/37_onnx_export.ipynb #dd77a3ea
 def rounded(net:LesionNet # of any precision; left as it is
@@ -133,7 +132,7 @@ def bundle_notes(bundle:Bundle)->dict[str,str]: # all of it text
     return dict(name=i.name, arch=i.arch, classes=join(i.classes), size=str(i.size), mean=join(i.mean), std=join(i.std),
                 resize=i.resize, temperature=repr(float(i.temperature)), weights_sha256=i.files[MODEL], licence=i.licence,
                 attribution=i.attribution, maps='signed, logit units; each map and the bias of its class sum to the logit',
-                limits=DISCLAIMER)
+                limits=DISCLAIMER) | (dict(gate_stages=join(i.gate_stages)) if i.gate_stages else {})
 
 # %% ../nbs/37_onnx_export.ipynb #b66a4ed3
 def finished(proto:Any, # an `onnx.ModelProto`, changed in place

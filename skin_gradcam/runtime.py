@@ -64,6 +64,7 @@ def foreign_notes(notes:dict[str,str], # of the file
     "Why a file's notes are not those of the bundle"
     i = bundle.info
     want = dict(weights_sha256=i.files[MODEL], temperature=repr(float(i.temperature)), classes=', '.join(i.classes))
+    want |= dict(gate_stages=', '.join(i.gate_stages)) if i.gate_stages else {}
     for k,v in want.items():
         if k not in notes: return f'does not say its {k}'
         if notes[k] != v: return f'was made for {k} {notes[k][:16]}, the bundle has {v[:16]}'

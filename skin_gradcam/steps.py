@@ -21,8 +21,8 @@ from .models import LesionNet, splitter
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_MAX', 'CAMERA', 'keep_memory', 'ChannelsLast', 'has_bf16', 'train_in_bf16',
-           'step_seconds', 'bf16_gain', 'stages', 'FrozenStages', 'trainable_groups', 'AveragedWeights', 'copy_state',
-           'SeededSteps', 'step_seed', 'MixedPictures', 'mixed', 'ClassLoss', 'PairedPictures', 'retaken',
+           'step_seconds', 'bf16_gain', 'stages', 'last_stages', 'FrozenStages', 'trainable_groups', 'AveragedWeights',
+           'copy_state', 'SeededSteps', 'step_seed', 'MixedPictures', 'mixed', 'ClassLoss', 'PairedPictures', 'retaken',
            'disagreement', 'Phase', 'OneCycle', 'GrowingSize', 'epochs_without_gain', 'StopEarly', 'moments',
            'set_moments']
 
@@ -94,6 +94,12 @@ def stages(body:nn.Module # a backbone, such as `LesionNet.body`
         opened = name in ('blocks', 'layers', 'features', 'stages', 'net', 'model', 'body') and len(list(m.children()))
         out += [(f'{name}.{n}', c) for n,c in stages(m)] if opened else [(name, m)]
     return out
+
+def last_stages(body:nn.Module, # a backbone
+                n:int=4 # at most
+               )->list[str]: # names of modules of the body, in their order; none for a plain sequence of layers
+    "The last stages that are more than a layer: what the gate of a bundle looks at"
+    return [name for name,m in stages(body) if any(isinstance(c, nn.Conv2d) for c in m.modules() if c is not m)][-n:]
 
 # %% ../nbs/21_steps.ipynb #8b754143
 class FrozenStages(Callback):
@@ -191,7 +197,7 @@ class ClassLoss(CrossEntropyLossFlat):
                                            label_smoothing=f.label_smoothing)
 
 # %% ../nbs/21_steps.ipynb #a1ea984e
-CAMERA = replace(Augment.none(), blur=.8, sharpen=2., jpeg=50) # what another camera or another way of saving changes
+CAMERA = replace(Augment.none(), blur=1., sharpen=3., jpeg=40) # what another camera or another way of saving changes
 
 class PairedPictures(Callback):
     "Show every picture of a training step twice and add the disagreement of the two answers to the loss"

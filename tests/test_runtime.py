@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,19 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from PIL import Image
 
-from skin_gradcam.bundle import MODEL, ONNX, BundleError, default_bundle, load_bundle
+from skin_gradcam.abstention import calibrate_gate, fit_gate
+from skin_gradcam.bundle import GATE, MODEL, ONNX, BundleError, add_files, default_bundle, load_bundle, write_bundle
 from skin_gradcam.data import Manifest
 from skin_gradcam.evaluation import softmax
 from skin_gradcam.inference import Explainer, torch_backend
 from skin_gradcam.lesions import CLASSES
-from skin_gradcam.models import Preprocessing, create_model
-from skin_gradcam.onnx_export import OUTPUTS, ExportError, differences, export_onnx, rounded
+from skin_gradcam.models import ModelError, Preprocessing, create_model, model_from_bundle
+from skin_gradcam.onnx_export import OUTPUTS, ExportError, add_onnx, differences, export_onnx, rounded
 from skin_gradcam.phantoms import draw_phantom, write_phantoms
 from skin_gradcam.runtime import BackendError, open_session, runtime_backend
+from skin_gradcam.steps import last_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_TORCH = """
@@ -104,6 +108,40 @@ def test_backbones_export(arch, one_thread):
     data = export_onnx(net)
     assert max(differences(data, rounded(net), size=64).values()) < 1e-4
     assert [o.name for o in onnx.load_from_string(data).graph.output] == list(OUTPUTS)
+
+
+def test_a_gate_may_look_at_stages(tmp_path, one_thread):
+    "Either backend gives statistics of the stages that the bundle names; a gate of them refuses noise, not phantoms"
+    b = default_bundle()
+    names = last_stages(model_from_bundle(b).body)
+    assert names == [f'model.blocks.{i}' for i in (3, 4, 5, 6)]
+    made = write_bundle(tmp_path / 'b', b.tensors(), replace(b.info, gate_stages=names, gate=None))
+    old = add_files(made, {ONNX: b.read(ONNX)})
+    with pytest.raises(BackendError, match='does not say its gate_stages; export it again'): runtime_backend(old, 1)
+    stages = add_onnx(made)
+    trained, served = torch_backend(stages), runtime_backend(stages, 1)
+    want, got, before = trained(noise(3)), served(noise(3)), torch_backend(b)(noise(3))
+    assert want[2].shape == got[2].shape == (3, 2 * (80 + 112 + 192 + 320)) and before[2].shape == (3, 1280)
+    for x, y in zip(want, got, strict=True): assert np.abs(x - y).max() < 1e-4
+    for x, y in zip(want[:2], before[:2], strict=True): assert np.array_equal(x, y)  # the answer does not depend on it
+    other = write_bundle(tmp_path / 'n', b.tensors(), replace(b.info, gate_stages=['blocks.9'], gate=None))
+    with pytest.raises(ModelError, match='has no stage blocks.9'): model_from_bundle(other)
+
+    pictures = [draw_phantom(CLASSES[i % 3], seed=i).picture for i in range(90)]
+    seen: list[tuple[np.ndarray, ...]] = []
+
+    def watched(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        seen.append(trained(x))
+        return seen[-1]
+    list(Explainer(stages, backend=watched).explain_many(pictures))
+    logits, _, features = (np.concatenate(v) for v in zip(*seen, strict=True))
+    gate = calibrate_gate(fit_gate('mahalanobis', features[:45], logits[:45], np.arange(45) % 3, rank=8),
+                          features[45:], logits[45:], refused=.05)
+    from safetensors.numpy import save
+    ready = Explainer(add_files(stages, {GATE: save(gate.to_arrays())}))
+    static = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
+    assert ready(static).decision == 'not_dermoscopic'
+    assert sum(e.decision == 'not_dermoscopic' for e in ready.explain_many(pictures[45:])) <= 3
 
 
 def test_a_network_that_is_not_finite_is_refused():

@@ -226,7 +226,7 @@ def real_pictures(found: Path) -> Iterator[tuple[Picture, int]]:
 
 
 def answers(bundle: Bundle, pictures: Iterator[tuple[Picture, int]], batch: int = 32) -> Answers:
-    "Pooled features and logits of every picture"
+    "What the gate looks at, and the logits, of every picture"
     import torch
 
     from skin_gradcam.models import model_from_bundle
@@ -237,8 +237,8 @@ def answers(bundle: Bundle, pictures: Iterator[tuple[Picture, int]], batch: int 
 
     def run() -> None:
         with torch.inference_mode():
-            f = net.pool(net.features(torch.from_numpy(np.stack([w[0] for w in waiting]))))
-            z = net.head(f)
+            maps, f = net.described(torch.from_numpy(np.stack([w[0] for w in waiting])))
+            z = net.head(net.pool(maps))
         rows.extend((a, b, *w[1:]) for a, b, w in zip(f.numpy(), z.numpy(), waiting))
         waiting.clear()
 

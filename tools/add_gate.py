@@ -70,7 +70,7 @@ class Answers(NamedTuple):
     y: np.ndarray  # [N]
     lesion: np.ndarray  # [N]
     role: np.ndarray  # [N]
-    features: np.ndarray  # [N,K]
+    features: np.ndarray  # [N,D], of the bundle's `gate_stages`, or pooled
     logits: np.ndarray  # [N,C]
     eight: np.ndarray  # [N,C], the mean of eight views
 
