@@ -1,6 +1,6 @@
 """Which of several bundles should ship? Each answers for the lesions of `valid` and `calibration`.
 
-    python tools/compare_bundles.py runs/a/bundle runs/b/bundle      # beside the one that ships, which comes first
+    python tools/compare_bundles.py runs/a/bundle runs/b/bundle      # beside the one that ships so far, the first row
 
 None of the bundles may have trained on these 330 lesions. Each picture is changed in every way of the page of stress
 at severity 3, and sharpened, and cut to the square in its middle; a bundle answers at its own temperature. The test
@@ -91,14 +91,14 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     y = np.array([m.classes.index(c) for c in df.dx])
     p = told(bundles, [np.asarray(open_picture(f)) for f in m.paths(df)])
-    names = ['shipped', *(f.resolve().relative_to(ROOT / 'runs').parts[0] for f in a.bundles)]
+    names = [bundles[0].info.name, *(f.resolve().relative_to(ROOT / 'runs').parts[0] for f in a.bundles)]
     changed = [list(np.stack([q for c, q in one.items() if c != 'clean'])) for one in p]
     out = {}
     for name, b, one, many in zip(names, bundles, p, changed, strict=True):
         product = Explainer(replace(b, info=replace(b.info, resize=COPIES)), gate=False)
         out[name] = figures(b, y, one, lesion) | dict(parity=parity(product, found))
         for f in (balanced_accuracy, macro_auroc):
-            out[name][f'{f.__name__}_over_shipped'] = dict(
+            out[name][f'{f.__name__}_over_first'] = dict(
                 clean=paired_difference(f, y, [one['clean']], [p[0]['clean']], lesion).to_dict(),
                 changed=paired_difference(f, y, many, changed[0], lesion).to_dict())
         c, mean = out[name]['rows']['clean'], out[name]['mean']
