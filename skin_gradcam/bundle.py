@@ -112,7 +112,7 @@ class BundleInfo:
     thresholds:dict = field(default_factory=lambda: dict(indeterminate=0.)) # top probability that an answer needs
     resize:str = RESIZE # how a picture is brought to size, one of `SQUASHES`
     gate:dict|None = None # figures of the gate in `gate.safetensors`, for people
-    gate_stages:list|None = None # modules of the backbone whose maps the gate looks at; None: it looks at the pooled features
+    gate_stages:list|None = None # modules of the backbone whose maps the gate looks at, too; None: at the pooled features alone
     eight_views:dict|None = None # `temperature` and threshold (`indeterminate`) of the mean logits of eight views
     licence:str = '' # of the weights
     attribution:str = '' # whom to cite for the data

@@ -323,13 +323,14 @@ class LesionNet(nn.Module):
         return self.body(x)
     def described(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                  )->tuple[Tensor, Tensor]: # the maps `[B,K,h,w]` of `features`, and `[B,D]`
-        "The maps, and what a gate looks at: `map_statistics` of the `gate_stages`, or without any the pooled maps"
+        "The maps, and what a gate looks at: the pooled maps, behind `map_statistics` of the `gate_stages` where there are any"
         seen:list[Tensor] = []
         hooks = [self.body.get_submodule(n).register_forward_hook(lambda _,__,out: seen.append(map_statistics(out))) for n in self.gate_stages]
         try: maps = self.features(x)
         finally:
             for h in hooks: h.remove()
-        return maps, torch.cat(seen, 1) if hooks else self.pool(maps)
+        pooled = self.pool(maps)
+        return maps, torch.cat([*seen, nn.functional.normalize(pooled, dim=1)], 1) if hooks else pooled
     def forward(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                )->Tensor: # logits `[B,C]`
         return self.head(self.pool(self.features(x)))

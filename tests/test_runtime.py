@@ -121,7 +121,7 @@ def test_a_gate_may_look_at_stages(tmp_path, one_thread):
     stages = add_onnx(made)
     trained, served = torch_backend(stages), runtime_backend(stages, 1)
     want, got, before = trained(noise(3)), served(noise(3)), torch_backend(b)(noise(3))
-    assert want[2].shape == got[2].shape == (3, 2 * (80 + 112 + 192 + 320)) and before[2].shape == (3, 1280)
+    assert want[2].shape == got[2].shape == (3, 2 * (80 + 112 + 192 + 320) + 1280) and before[2].shape == (3, 1280)
     for x, y in zip(want, got, strict=True): assert np.abs(x - y).max() < 1e-4
     for x, y in zip(want[:2], before[:2], strict=True): assert np.array_equal(x, y)  # the answer does not depend on it
     other = write_bundle(tmp_path / 'n', b.tensors(), replace(b.info, gate_stages=['blocks.9'], gate=None))

@@ -386,7 +386,8 @@ def main(argv: list[str] | None = None) -> int:
         if 'thresholds' in a.only: told |= thresholds()
         if 'gate' in a.only:
             bundle = load_bundle(a.bundle) if a.bundle else default_bundle()
-            figures, gates = gate_figures(gate_answers(bundle, a.features))
+            rank = (bundle.info.gate or {}).get('rank', RANK)
+            figures, gates = gate_figures(gate_answers(bundle, a.features), rank)
             told['gate'] = dict(bundle=bundle.name, weights=bundle.info.files['model.safetensors'], **figures)
             if a.gate:
                 from safetensors.numpy import save_file
