@@ -1435,6 +1435,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'skin_gradcam/models.py'),
                                      'skin_gradcam.models.TorchvisionBody.forward': ( 'models.html#torchvisionbody.forward',
                                                                                       'skin_gradcam/models.py'),
+                                     'skin_gradcam.models._keep_statistics': ('models.html#_keep_statistics', 'skin_gradcam/models.py'),
                                      'skin_gradcam.models.backbone_names': ('models.html#backbone_names', 'skin_gradcam/models.py'),
                                      'skin_gradcam.models.cached_file': ('models.html#cached_file', 'skin_gradcam/models.py'),
                                      'skin_gradcam.models.called_children': ('models.html#called_children', 'skin_gradcam/models.py'),

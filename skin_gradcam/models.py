@@ -11,7 +11,8 @@ import pickle
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
@@ -303,6 +304,12 @@ def map_statistics(maps:Tensor # `[B,K,h,w]`
     var, mean = torch.var_mean(maps, (2, 3), correction=0)
     return nn.functional.normalize(torch.cat([mean, var.sqrt()], 1), dim=1)
 
+_SEEN:ContextVar[list[Tensor]|None] = ContextVar('_SEEN', default=None) # of the `described` that runs in this thread
+
+def _keep_statistics(module:nn.Module, args:Any, out:Tensor)->None:
+    "Forward hook of the gate's stages"
+    if (seen := _SEEN.get()) is not None: seen.append(map_statistics(out))
+
 class LesionNet(nn.Module):
     "A convnet whose logits are a linear function of its average feature maps"
     def __init__(self, body:nn.Module, # `[B,3,H,W]` -> `[B,K,h,w]`
@@ -316,7 +323,7 @@ class LesionNet(nn.Module):
         self.body,self.pool = body,nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(n_features, n_classes))
         self.arch,self.preprocessing = arch,preprocessing or Preprocessing((.485, .456, .406), (.229, .224, .225), 224)
-        self.gate_stages:tuple[str, ...] = () # modules of the body that `described` looks at
+        self.gate_stages:tuple[str, ...] = () # modules of the body that `described` looks at, set by `with_gate_stages`
     def features(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                 )->Tensor: # `[B,K,h,w]`
         "The maps after the last activation"
@@ -325,12 +332,11 @@ class LesionNet(nn.Module):
                  )->tuple[Tensor, Tensor]: # the maps `[B,K,h,w]` of `features`, and `[B,D]`
         "The maps, and what a gate looks at: the pooled maps, behind `map_statistics` of the `gate_stages` where there are any"
         seen:list[Tensor] = []
-        hooks = [self.body.get_submodule(n).register_forward_hook(lambda _,__,out: seen.append(map_statistics(out))) for n in self.gate_stages]
+        token = _SEEN.set(seen)
         try: maps = self.features(x)
-        finally:
-            for h in hooks: h.remove()
+        finally: _SEEN.reset(token)
         pooled = self.pool(maps)
-        return maps, torch.cat([*seen, nn.functional.normalize(pooled, dim=1)], 1) if hooks else pooled
+        return maps, torch.cat([*seen, nn.functional.normalize(pooled, dim=1)], 1) if seen else pooled
     def forward(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                )->Tensor: # logits `[B,C]`
         return self.head(self.pool(self.features(x)))
@@ -391,11 +397,14 @@ def model_from_bundle(bundle:Bundle # checked, as `load_bundle` gives it
     return with_gate_stages(net, i.gate_stages or ()).eval()
 
 def with_gate_stages(net:LesionNet, # changed
-                     names:Iterable[str] # modules of its body whose output is `[B,K,h,w]`
+                     names:Sequence[str] # modules of its body whose output is `[B,K,h,w]`; none for the pooled maps alone
                     )->LesionNet: # the same; raises `ModelError`
     "Let the gate look at other stages of the network"
     known = {n for n,_ in net.body.named_modules() if n}
     if unknown := [n for n in names if n not in known]:
         raise ModelError(f"{net.arch}: has no stage {unknown[0]}; there are {', '.join(sorted(known)[:12])}, ...")
+    for m in net.body.modules():
+        for k in [k for k,h in m._forward_hooks.items() if h is _keep_statistics]: del m._forward_hooks[k]
+    for n in names: net.body.get_submodule(n).register_forward_hook(_keep_statistics)
     net.gate_stages = tuple(names)
     return net

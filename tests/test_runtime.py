@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,9 @@ def test_a_gate_may_look_at_stages(tmp_path, one_thread):
     assert want[2].shape == got[2].shape == (3, 2 * (80 + 112 + 192 + 320) + 1280) and before[2].shape == (3, 1280)
     for x, y in zip(want, got, strict=True): assert np.abs(x - y).max() < 1e-4
     for x, y in zip(want[:2], before[:2], strict=True): assert np.array_equal(x, y)  # the answer does not depend on it
+    alone = [trained(noise(1 + i % 3))[2] for i in range(12)]
+    with ThreadPoolExecutor(4) as pool: together = list(pool.map(lambda i: trained(noise(1 + i % 3))[2], range(12)))
+    for x, y in zip(alone, together, strict=True): assert np.array_equal(x, y)  # no thread sees another one's maps
     other = write_bundle(tmp_path / 'n', b.tensors(), replace(b.info, gate_stages=['blocks.9'], gate=None))
     with pytest.raises(ModelError, match='has no stage blocks.9'): model_from_bundle(other)
 
