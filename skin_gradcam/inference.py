@@ -405,8 +405,8 @@ def torch_backend(bundle:Bundle, # whose weights to run
     except (RuntimeError, AssertionError) as e: raise BackendError(f"device {device!r}: PyTorch cannot use it ({str(e).splitlines()[0]})") from None
     def run(x:np.ndarray)->tuple[np.ndarray,...]:
         with torch.inference_mode():
-            maps, features = model.described(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device))
-            return tuple(v.cpu().numpy() for v in (model.head(model.pool(maps)), closed_form(model.classifier.weight, maps), features))
+            maps, pooled, features = model.described(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device))
+            return tuple(v.cpu().numpy() for v in (model.head(pooled), closed_form(model.classifier.weight, maps), features))
     return run
 
 # %% ../nbs/40_inference.ipynb #7bb40eff

@@ -329,14 +329,14 @@ class LesionNet(nn.Module):
         "The maps after the last activation"
         return self.body(x)
     def described(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
-                 )->tuple[Tensor, Tensor]: # the maps `[B,K,h,w]` of `features`, and `[B,D]`
-        "The maps, and what a gate looks at: the pooled maps, behind `map_statistics` of the `gate_stages` where there are any"
+                 )->tuple[Tensor, Tensor, Tensor]: # the maps `[B,K,h,w]` of `features`, pooled `[B,K]`, and `[B,D]`
+        "The maps, their means, and what a gate looks at: the pooled maps, behind `map_statistics` of the `gate_stages` where there are any"
         seen:list[Tensor] = []
         token = _SEEN.set(seen)
         try: maps = self.features(x)
         finally: _SEEN.reset(token)
         pooled = self.pool(maps)
-        return maps, torch.cat([*seen, nn.functional.normalize(pooled, dim=1)], 1) if seen else pooled
+        return maps, pooled, torch.cat([*seen, nn.functional.normalize(pooled, dim=1)], 1) if seen else pooled
     def forward(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                )->Tensor: # logits `[B,C]`
         return self.head(self.pool(self.features(x)))

@@ -44,8 +44,8 @@ class WithMaps(nn.Module):
     def forward(self, x:Tensor # `[B,3,S,S]`, normalised
                )->tuple[Tensor,Tensor,Tensor,Tensor]: # logits, probabilities `[B,C]`, maps `[B,C,h,w]`, features `[B,K]`
         "The outputs of `OUTPUTS`"
-        a, features = self.net.described(x)
-        logits = self.net.head(self.net.pool(a))
+        a, pooled, features = self.net.described(x)
+        logits = self.net.head(pooled)
         maps = nn.functional.conv2d(a, self.net.classifier.weight[..., None, None]) / (a.shape[-1]*a.shape[-2])
         return logits, torch.softmax(logits/self.temperature, 1), maps, features
 

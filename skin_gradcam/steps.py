@@ -211,7 +211,7 @@ class PairedPictures(Callback):
         x, y = torch.as_tensor(self.xb[0]), torch.as_tensor(self.yb[0])
         d = self.learn.dls.train.dataset
         again = (retaken(self.camera, x*d.std + d.mean) - d.mean)/d.std
-        self.learn.xb, self.learn.yb = (torch.cat([x, again]).contiguous(memory_format=torch.channels_last),), (torch.cat([y, y]),)
+        self.learn.xb, self.learn.yb = (torch.cat([x, again]),), (torch.cat([y, y]),)
     def after_loss(self)->None:
         self.learn.loss_grad = self.learn.loss_grad + self.weight*disagreement(torch.as_tensor(self.pred))
         self.learn.loss = self.learn.loss_grad.clone()

@@ -237,8 +237,8 @@ def answers(bundle: Bundle, pictures: Iterator[tuple[Picture, int]], batch: int 
 
     def run() -> None:
         with torch.inference_mode():
-            maps, f = net.described(torch.from_numpy(np.stack([w[0] for w in waiting])))
-            z = net.head(net.pool(maps))
+            _, pooled, f = net.described(torch.from_numpy(np.stack([w[0] for w in waiting])))
+            z = net.head(pooled)
         rows.extend((a, b, *w[1:]) for a, b, w in zip(f.numpy(), z.numpy(), waiting))
         waiting.clear()
 

@@ -19,9 +19,8 @@ other the history is kept whole. It gets its ONNX form, gate and eight views her
 role `calibration`; as its last epoch ships, `valid` chose no epoch, so both roles take part in the temperature and the
 threshold that ship, as they are and mildly changed (another camera, light, size, compression). Larger pictures are
 brought to size and saved as the training pictures were (`COPIES`), and the gate looks at the last stage of the network
-too. The tool refuses a
-network over 10 MB, one that saw a lesion of the test role, and figures of other weights; whatever it refuses leaves the
-shipped model as it was.
+too. The tool refuses a network over 10 MB, one that saw a lesion of the test role, and figures of other weights;
+whatever it refuses leaves the shipped model as it was.
 """
 from __future__ import annotations
 
