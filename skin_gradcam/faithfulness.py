@@ -295,10 +295,13 @@ def crossed_interval(table:Any, # `[S,N]`: seeds, pictures
                      n:int=2000, # draws
                      seed:int=0 # of the draws
                     )->Interval: # of the mean
-    "The mean of a table with an interval over seeds *and* lesions: the pictures of one seed share its weights"
-    t = np.asarray(table, dtype=np.float64)
-    ws, wn = lesion_draws(range(len(t)), n, seed), lesion_draws(lesion_ids, n, seed+1)
-    return _interval(t.mean(), np.einsum('ds,sn,dn->d', ws, t, wn)/ws.sum(1)/wn.sum(1))
+    "The mean of a table with an interval over seeds *and* lesions, wide enough for few seeds (arXiv 1411.5279, section 3.3)"
+    t, k = np.asarray(table, dtype=np.float64), len(table)
+    ws, wn = lesion_draws(range(k), n, seed), lesion_draws(lesion_ids, n, seed+1)
+    draws = np.einsum('ds,sn,dn->d', ws, t, wn)/ws.sum(1)/wn.sum(1)
+    tail = stats.norm.cdf(-np.sqrt(k/(k-1))*stats.t.ppf(.975, k-1)) if k > 1 else .025
+    low, high = np.quantile(draws, [tail, 1-tail])
+    return Interval(float(t.mean()), float(low), float(high))
 
 # %% ../nbs/32_faithfulness.ipynb #58c4e92d
 def turned_agreement(explain:Callable[[Tensor],Tensor], # of pictures `[B,3,S,S]`: maps `[B,h,h]`

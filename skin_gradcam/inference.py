@@ -24,7 +24,7 @@ from .bundle import GATE, Bundle, BundleError, default_bundle, load_bundle
 from .calibration import reweight
 from .evaluation import softmax
 from .lesions import CLASSES, DECISIONS, DISCLAIMER, LESIONS
-from .pictures import Geometry, Limits, PictureError, open_picture, squash, to_input
+from .pictures import Geometry, Limits, PictureError, open_picture, resaved, squash, to_input
 from .runtime import BackendError, Runtime, has_runtime, runtime_backend
 
 # %% auto #0
@@ -380,9 +380,10 @@ def prepare(src:Any, # path, bytes, file object, uint8 array or PIL picture
            )->Prepared: # raises `PictureError`
     "Decode, look at, squash and normalise one picture"
     im = open_picture(src, limits, name=name)
-    sq, geometry = squash(im, bundle.info.size, bundle.info.resize)
+    sq, geometry = squash(im, bundle.info.size)
+    notes = picture_notes(im, bundle.info.size, sq if sq.size == (224, 224) else None) # before JPEG, whose blocks look sharp
+    if sq is not im: sq = resaved(sq, bundle.info.resize)
     x = to_input(sq, bundle.info.mean, bundle.info.std)
-    notes = picture_notes(im, bundle.info.size, sq if sq.size == (224, 224) else None)
     return Prepared(clean_name(name), x, geometry, None if keep_side == 0 else shrink(im, keep_side), notes)
 
 # %% ../nbs/40_inference.ipynb #581940a4

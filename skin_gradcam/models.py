@@ -38,8 +38,8 @@ from .lesions import CLASSES
 __all__ = ['TORCHVISION', 'WHEELS', 'ModelError', 'Preprocessing', 'backbone_names', 'check_name', 'preprocessing', 'TimmBody',
            'plain_families', 'TorchvisionBody', 'features_shape', 'called_children', 'drop_unreached', 'fit_body',
            'make_body', 'load_weights', 'read_weights', 'wheel_weights', 'reachable', 'need_network', 'cached_file',
-           'not_loaded', 'timm_weights', 'torchvision_weights', 'map_statistics', 'LesionNet', 'create_model',
-           'splitter', 'model_tensors', 'model_from_bundle', 'with_gate_stages']
+           'not_loaded', 'timm_weights', 'torchvision_weights', 'map_spread', 'LesionNet', 'create_model', 'splitter',
+           'model_tensors', 'model_from_bundle', 'with_gate_stages']
 
 # %% ../nbs/20_models.ipynb #6424341d
 class ModelError(ValueError):
@@ -298,17 +298,16 @@ def torchvision_weights(arch:str # with the prefix
     return {re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12])', r'\1\2', k): v for k,v in state.items()}
 
 # %% ../nbs/20_models.ipynb #5154bf64
-def map_statistics(maps:Tensor # `[B,K,h,w]`
-                  )->Tensor: # `[B,2K]`
-    "Mean and standard deviation of each map, brought to length 1 for each picture"
-    var, mean = torch.var_mean(maps, (2, 3), correction=0)
-    return nn.functional.normalize(torch.cat([mean, var.sqrt()], 1), dim=1)
+def map_spread(maps:Tensor # `[B,K,h,w]`
+              )->Tensor: # `[B,K]`
+    "Standard deviation of each map, brought to length 1 for each picture"
+    return nn.functional.normalize(maps.var((2, 3), correction=0).sqrt(), dim=1)
 
 _SEEN:ContextVar[list[Tensor]|None] = ContextVar('_SEEN', default=None) # of the `described` that runs in this thread
 
-def _keep_statistics(module:nn.Module, args:Any, out:Tensor)->None:
+def _keep_spread(module:nn.Module, args:Any, out:Tensor)->None:
     "Forward hook of the gate's stages"
-    if (seen := _SEEN.get()) is not None: seen.append(map_statistics(out))
+    if (seen := _SEEN.get()) is not None: seen.append(map_spread(out))
 
 class LesionNet(nn.Module):
     "A convnet whose logits are a linear function of its average feature maps"
@@ -330,7 +329,7 @@ class LesionNet(nn.Module):
         return self.body(x)
     def described(self, x:Tensor # `[B,3,H,W]`, normalised with `preprocessing`
                  )->tuple[Tensor, Tensor, Tensor]: # the maps `[B,K,h,w]` of `features`, pooled `[B,K]`, and `[B,D]`
-        "The maps, their means, and what a gate looks at: the pooled maps, behind `map_statistics` of the `gate_stages` where there are any"
+        "The maps, their means, and what a gate looks at: the pooled maps, behind `map_spread` of the `gate_stages` where there are any"
         seen:list[Tensor] = []
         token = _SEEN.set(seen)
         try: maps = self.features(x)
@@ -404,7 +403,7 @@ def with_gate_stages(net:LesionNet, # changed
     if unknown := [n for n in names if n not in known]:
         raise ModelError(f"{net.arch}: has no stage {unknown[0]}; there are {', '.join(sorted(known)[:12])}, ...")
     for m in net.body.modules():
-        for k in [k for k,h in m._forward_hooks.items() if h is _keep_statistics]: del m._forward_hooks[k]
-    for n in names: net.body.get_submodule(n).register_forward_hook(_keep_statistics)
+        for k in [k for k,h in m._forward_hooks.items() if h is _keep_spread]: del m._forward_hooks[k]
+    for n in names: net.body.get_submodule(n).register_forward_hook(_keep_spread)
     net.gate_stages = tuple(names)
     return net

@@ -18,7 +18,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin,
 __all__ = ['SIGNATURES', 'FOREIGN', 'DECODERS', 'MAX_SCANS', 'TURNS', 'SQUASHES', 'PictureError', 'Limits', 'check_size',
            'read_path', 'read_bytes', 'picture_format', 'foreign_format', 'webp_size', 'open_header', 'upright',
            'to_rgb', 'breaks_off', 'finish', 'decode', 'from_array', 'from_pil', 'source_name', 'open_picture',
-           'resize_map', 'Geometry', 'through_jpeg', 'squash', 'to_input', 'quality_notes']
+           'resize_map', 'Geometry', 'through_jpeg', 'resaved', 'squash', 'to_input', 'quality_notes']
 
 # %% ../nbs/04_pictures.ipynb #2cd55d29
 class PictureError(ValueError):
@@ -340,6 +340,12 @@ def through_jpeg(im:Image.Image, # mode RGB
 
 SQUASHES = {'squash-bilinear': None, 'squash-bilinear-jpeg75': 75} # ways to the square: JPEG quality of what was not square yet
 
+def resaved(square:Image.Image, # RGB, made by resizing
+            way:str # one of `SQUASHES`
+           )->Image.Image: # of the same size
+    "The square as the model's training pictures were saved"
+    return square if (quality := SQUASHES[way]) is None else through_jpeg(square, quality)
+
 def squash(im:Image.Image, # mode RGB, upright: what `open_picture` gives
            size:int=224, # side of the square, pixels
            way:str='squash-bilinear' # one of `SQUASHES`: how the model's training pictures were made
@@ -348,8 +354,7 @@ def squash(im:Image.Image, # mode RGB, upright: what `open_picture` gives
     if im.mode!='RGB': raise ValueError(f"a picture of mode {im.mode} came to squash; use open_picture first")
     g = Geometry(im.width, im.height, size)
     if im.size==(size, size): return im, g
-    sq, quality = im.resize((size, size), Image.Resampling.BILINEAR), SQUASHES[way]
-    return (sq if quality is None else through_jpeg(sq, quality)), g
+    return resaved(im.resize((size, size), Image.Resampling.BILINEAR), way), g
 
 # %% ../nbs/04_pictures.ipynb #23119ed4
 def to_input(im:Image.Image, # squashed, RGB

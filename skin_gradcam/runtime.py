@@ -64,11 +64,11 @@ def foreign_notes(notes:dict[str,str], # of the file
     "Why a file's notes are not those of the bundle"
     i = bundle.info
     want = dict(weights_sha256=i.files[MODEL], temperature=repr(float(i.temperature)), classes=', '.join(i.classes))
-    want |= dict(gate_stages=', '.join(i.gate_stages)) if i.gate_stages else {}
     for k,v in want.items():
         if k not in notes: return f'does not say its {k}'
         if notes[k] != v: return f'was made for {k} {notes[k][:16]}, the bundle has {v[:16]}'
-    return ''
+    have, need = notes.get('gate_stages', ''), ', '.join(i.gate_stages or ())
+    return '' if have == need else f"was made for a gate that looks at {have or 'no stage'}, the bundle's looks at {need or 'no stage'}"
 
 # %% ../nbs/38_runtime.ipynb #b4d9a342
 def wrong_signature(session:Any, # `onnxruntime.InferenceSession`
