@@ -4,6 +4,7 @@ The gate's features take minutes to compute: `python tools/abstention_study.py` 
 goes through the same code.
 """
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT, load_script
 
 from skin_gradcam import abstention as A
-from skin_gradcam.bundle import default_bundle
+from skin_gradcam.bundle import default_bundle, write_bundle
 from skin_gradcam.evaluation import Interval
 
 
@@ -77,14 +78,18 @@ def test_strangers(tool):
     assert len({p.image.tobytes() for p in drawn[:n]}) == n
 
 
-def test_features_are_those_of_the_network(tool, one_thread):
+def test_features_are_those_of_the_network(tool, one_thread, tmp_path):
     "Pooled features through the head give the logits; phantoms as pictures, so that no data set is needed"
-    b = default_bundle()
+    shipped = default_bundle()
+    b = write_bundle(tmp_path / 'b', shipped.tensors(), replace(shipped.info, gate_stages=None, gate=None))
     pictures = [(tool.Picture('phantoms', str(i), tool.draw_phantom('nv', i).picture), -1) for i in range(3)]
     a = tool.answers(b, iter(pictures), batch=2)
     weight, bias = b.head()
     np.testing.assert_allclose(a.features @ np.asarray(weight, np.float64).T + bias, a.logits, atol=1e-3)
     assert list(a.source) == ['0', '1', '2'] and a.features.shape[0] == 3
+    staged = tool.answers(shipped, iter(pictures), batch=2)  # its gate looks at a stage beside them
+    assert np.array_equal(staged.logits, a.logits) and staged.features.shape[1] > a.features.shape[1]
+    np.testing.assert_allclose(staged.features[:, -a.features.shape[1]:], A.unit_length(a.features), atol=1e-6)
 
 
 @pytest.mark.data

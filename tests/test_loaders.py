@@ -223,7 +223,7 @@ def test_what_is_off_changes_nothing(manifest, squares):
     assert torch.equal(plain, torch.from_numpy(x/np.float32(255)))
 
 
-@pytest.mark.parametrize('file', ['ham10000_recipe.json', 'ham10000_recipe_160.json'])
+@pytest.mark.parametrize('file', ['ham10000_recipe_base.json', 'ham10000_recipe.json'])
 def test_recipes_of_the_study_load(file):
     from skin_gradcam.training import Recipe
     path = Path(__file__).parents[1]/'results'/file

@@ -74,7 +74,7 @@ def test_figures_are_of_the_shipped_model():
     history = pd.read_csv(RESULTS / "ham10000_history.csv")
     recipe = default_bundle().info.recipe
     assert recipe == result("ham10000_recipe.json")
-    stages = [result("ham10000_recipe_160.json"), recipe]
+    stages = [result("ham10000_recipe_base.json"), recipe]
     assert history.groupby("stage").size().tolist() == [r["epochs"] + r["freeze_epochs"] for r in stages]
 
 

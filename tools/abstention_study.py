@@ -292,7 +292,8 @@ def beyond_doubt(a: Answers, g: A.Gate, groups: tuple[str, ...]) -> dict:
     return Interval(auroc(out, ours) - auroc(out, theirs), float(low), float(high)).to_dict()
 
 
-def gate_figures(a: Answers, rank: int = RANK) -> tuple[dict[str, Any], dict[str, A.Gate]]:
+def gate_figures(a: Answers, rank: int = RANK, ships: str | None = None) -> tuple[dict[str, Any], dict[str, A.Gate]]:
+    "Of every score; `ships` names the one of the bundle, without it the best on far strangers"
     t, held = a.of(*with_changed('train')), a.of(*with_changed(*HELD))
     space = A.fit_space(t.features, t.y, rank)
     fitted = {k: A.fit_gate(k, t.features, t.logits, t.y, space=space) for k in A.SCORES}
@@ -308,7 +309,7 @@ def gate_figures(a: Answers, rank: int = RANK) -> tuple[dict[str, Any], dict[str
                                       .refuses(b.features, b.logits).mean())
     found = {k: judge(a, lambda b, g=g: g.score(b.features, b.logits)) for k, g in gates.items()}
     ref = {k: {g: v['value'] for g, v in judge(a, s).items()} for k, s in references(a).items()}
-    ships = max(A.SCORES, key=lambda k: found[k]['far']['value'])
+    ships = ships or max(A.SCORES, key=lambda k: found[k]['far']['value'])
     beyond = {k: {n: beyond_doubt(a, g, gs) for n, gs in (('far', FAR), ('near', NEAR))} for k, g in gates.items()}
     far = a.of(*FAR)
     let_in = Counter(far.source[~gates[ships].refuses(far.features, far.logits)].tolist())
@@ -386,8 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         if 'thresholds' in a.only: told |= thresholds()
         if 'gate' in a.only:
             bundle = load_bundle(a.bundle) if a.bundle else default_bundle()
-            rank = (bundle.info.gate or {}).get('rank', RANK)
-            figures, gates = gate_figures(gate_answers(bundle, a.features), rank)
+            has = bundle.info.gate or {}
+            figures, gates = gate_figures(gate_answers(bundle, a.features), has.get('rank', RANK), has.get('kind'))
             told['gate'] = dict(bundle=bundle.name, weights=bundle.info.files['model.safetensors'], **figures)
             if a.gate:
                 from safetensors.numpy import save_file

@@ -6,7 +6,7 @@
 
 Pictures are those of the roles `valid` and `calibration`, which no weight was trained on; the role `test` is not looked
 at. The target is the class that the model predicts. Each part is written when it is done, and a part that is there for
-the same weights is not made again (`--again` makes it again). One thread; about ten minutes for all of them.
+the same weights is not made again (`--again` makes it again). One thread; about twenty minutes for all of them.
 """
 from __future__ import annotations
 
