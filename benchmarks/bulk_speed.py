@@ -66,7 +66,8 @@ def bare_loop(files: list[Path], explainer: Explainer) -> float:
     "Seconds to decode and run the model over the files, nothing else"
     info, start = explainer.bundle.info, time.perf_counter()
     for i in range(0, len(files), BS):
-        batch = [to_input(squash(open_picture(f), info.size)[0], info.mean, info.std) for f in files[i:i + BS]]
+        squares = [squash(open_picture(f), info.size, info.resize)[0] for f in files[i:i + BS]]
+        batch = [to_input(s, info.mean, info.std) for s in squares]
         explainer.backend(np.stack(batch))
     return time.perf_counter() - start
 

@@ -16,6 +16,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'skin_gradcam.abstention.Gate.to_arrays': ( 'abstention.html#gate.to_arrays',
                                                                                      'skin_gradcam/abstention.py'),
                                          'skin_gradcam.abstention.Space': ('abstention.html#space', 'skin_gradcam/abstention.py'),
+                                         'skin_gradcam.abstention.Space._double': ( 'abstention.html#space._double',
+                                                                                    'skin_gradcam/abstention.py'),
                                          'skin_gradcam.abstention.Space.parts': ( 'abstention.html#space.parts',
                                                                                   'skin_gradcam/abstention.py'),
                                          'skin_gradcam.abstention.Thresholds': ('abstention.html#thresholds', 'skin_gradcam/abstention.py'),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -227,9 +227,14 @@ class Space:
     def parts(self, features:np.ndarray # `[N,K]`
              )->tuple[np.ndarray, np.ndarray]: # `[N,C,r]` along the directions, `[N,C]` squared length of the rest
         "The way from each class mean, split in two"
-        away = unit_length(features)[:,None] - self.means
-        along = away @ self.basis
-        return along, ((away - along @ self.basis.T)**2).sum(-1)
+        f, (v, middles, gram) = unit_length(features), self._double
+        along = np.einsum('nk,kr->nr', f, v)[:,None] - middles # not `@`: threads of BLAS would wait in the way of the network's
+        rest = ((f[:,None] - self.means)**2).sum(-1) - 2*(along**2).sum(-1) + (np.einsum('ncr,rs->ncs', along, gram)*along).sum(-1)
+        return along, np.maximum(rest, 0)
+    @cached_property
+    def _double(self)->tuple[np.ndarray, ...]: # directions, means along them, directions by directions: half precision is not quite orthonormal
+        v = self.basis.astype(np.float64)
+        return v, self.means @ v, v.T @ v
 
 # %% ../nbs/36_abstention.ipynb #9a8b102f
 def _check_classes(y:np.ndarray, rows:int)->np.ndarray: # the classes, ascending
