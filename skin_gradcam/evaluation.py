@@ -304,10 +304,10 @@ class Interval:
         return cls(value, low, high, int(d['undefined']))
 
 # %% ../nbs/24_evaluation.ipynb #64c2fb5d
-def _interval(value:float, draws:np.ndarray)->Interval:
+def _interval(value:float, draws:np.ndarray, tail:float=.025)->Interval: # share of the draws beyond either end
     "The percentile interval of the draws that have a value; no value, no interval"
     ok = draws[np.isfinite(draws)]
-    low, high = np.percentile(ok, [2.5, 97.5]) if len(ok) and np.isfinite(value) else (np.nan, np.nan)
+    low, high = np.percentile(ok, [100*tail, 100*(1-tail)]) if len(ok) and np.isfinite(value) else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high), int(len(draws)-len(ok)))
 
 # %% ../nbs/24_evaluation.ipynb #26630b03

@@ -300,8 +300,7 @@ def crossed_interval(table:Any, # `[S,N]`: seeds, pictures
     ws, wn = lesion_draws(range(k), n, seed), lesion_draws(lesion_ids, n, seed+1)
     draws = np.einsum('ds,sn,dn->d', ws, t, wn)/ws.sum(1)/wn.sum(1)
     tail = stats.norm.cdf(-np.sqrt(k/(k-1))*stats.t.ppf(.975, k-1)) if k > 1 else .025
-    low, high = np.quantile(draws, [tail, 1-tail])
-    return Interval(float(t.mean()), float(low), float(high))
+    return _interval(t.mean(), draws, float(tail))
 
 # %% ../nbs/32_faithfulness.ipynb #58c4e92d
 def turned_agreement(explain:Callable[[Tensor],Tensor], # of pictures `[B,3,S,S]`: maps `[B,h,h]`

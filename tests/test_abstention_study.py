@@ -87,7 +87,7 @@ def test_features_are_those_of_the_network(tool, one_thread, tmp_path):
     weight, bias = b.head()
     np.testing.assert_allclose(a.features @ np.asarray(weight, np.float64).T + bias, a.logits, atol=1e-3)
     assert list(a.source) == ['0', '1', '2'] and a.features.shape[0] == 3
-    staged = tool.answers(shipped, iter(pictures), batch=2)  # its gate looks at a stage beside them
+    staged = tool.answers(shipped, iter(pictures), batch=2)  # its gate looks at two stages beside them
     assert np.array_equal(staged.logits, a.logits) and staged.features.shape[1] > a.features.shape[1]
     np.testing.assert_allclose(staged.features[:, -a.features.shape[1]:], A.unit_length(a.features), atol=1e-6)
 
