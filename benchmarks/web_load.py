@@ -17,7 +17,7 @@ each round one process alone and the service take turns, and the figure is the m
 The load of the machine is written down: only ratios measured on a quiet machine are worth quoting. `cpu_ratio` compares
 the processor time a picture costs on both sides, which other jobs disturb less.
 
-    python benchmarks/web_load.py            # about eight minutes; writes results/web_load.json
+    python benchmarks/web_load.py            # about ten minutes; writes results/web_load.json
     python benchmarks/web_load.py --quick    # a minute; writes nothing without --out
 """
 from __future__ import annotations
@@ -365,7 +365,7 @@ def main() -> int:
         print(json.dumps(generate(**given | dict(folder=Path(given['folder'])))))
         return 0
     before = os.getloadavg()
-    sizes = dict(rounds=5, n=300, total=10_000, parts=10, pictures=60)
+    sizes = dict(rounds=15, n=300, total=10_000, parts=10, pictures=60)
     if args.quick: sizes = dict(rounds=1, n=96, total=400, parts=4, pictures=12)
     found = measure(**sizes)
     found |= dict(limits=LIMITS, passed=passed(found), load_before=[round(v, 2) for v in before],

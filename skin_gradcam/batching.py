@@ -44,6 +44,7 @@ class _Job:
     load:Callable[[], Prepared] # gives the decoded picture; may raise `PictureError`
     deadline:float # of `time.monotonic`, seconds
     prepared:Prepared|None = None
+    seconds:float = 0. # that decoding took
     future:Future = field(default_factory=Future)
 
     def fail(self, why:BaseException)->None:
@@ -64,7 +65,7 @@ class Batcher:
                  max_batch:int=8, # pictures in one run
                  max_wait:float=0., # seconds that a worker waits for a batch to fill
                  queue_size:int=64, # pictures taken and not yet answered
-                 threads:int=1, # runs at the same time; the network has threads of its own
+                 threads:int=1, # runs at the same time; the network may have threads of its own
                  decoders:int|None=None # pictures decoded at the same time; None for the number of cores
                 ): # raises `ValueError`
         self.decoders = cores() if decoders is None else decoders
@@ -75,6 +76,7 @@ class Batcher:
         self.n_threads, self.threads, self.lock = threads, list[threading.Thread](), threading.Condition()
         self.raw, self.decoded = deque[_Job](), deque[_Job]()
         self.inside, self.running, self.pace = 0, 0, 0. # pictures taken, pictures in the network, seconds a picture
+        self.decoding, self.runs = 0, 0 # workers that decode, that run the network
         self.ready, self.closing = True, False
         self.counts, self.sizes = Counter[str](), Counter[int]()
 
@@ -123,8 +125,8 @@ def _enter(b:Batcher, jobs:list[_Job])->list[Future]:
     return [j.future for j in jobs]
 
 def _start(b:Batcher)->None:
-    work = [(_decode, f'decoder-{i}') for i in range(b.decoders)] + [(_serve, f'network-{i}') for i in range(b.n_threads)]
-    b.threads = [threading.Thread(target=f, args=(b,), name=name, daemon=True) for f,name in work]
+    n = max(b.decoders, b.n_threads)
+    b.threads = [threading.Thread(target=_work, args=(b,), name=f'batcher-{i}', daemon=True) for i in range(n)]
     for t in b.threads: t.start()
 
 def _leave(b:Batcher, jobs:Sequence[_Job], how:str)->None:
@@ -135,27 +137,43 @@ def _leave(b:Batcher, jobs:Sequence[_Job], how:str)->None:
         b.lock.notify_all()
 
 # %% ../nbs/56_batching.ipynb #9b51e2a8
-def _take(b:Batcher, queue:deque[_Job], most:int)->list[_Job]:
-    "Up to `most` jobs; none when the batcher is closed and the queue will stay empty"
-    with b.lock:
-        b.lock.wait_for(lambda: queue or (b.closing and not b.inside))
-        if queue is b.decoded and b.max_wait and queue: b.lock.wait_for(lambda: len(queue) >= most or b.closing, b.max_wait)
-        return [queue.popleft() for _ in range(min(most, len(queue)))]
+def _due(b:Batcher)->str:
+    "What is to be done: `run`, `decode`, `end` or nothing"
+    run = b.decoded and b.runs < b.n_threads
+    fill = b.max_wait and len(b.decoded) < b.max_batch
+    if b.raw and b.decoding < b.decoders and (fill or not run): return 'decode'
+    return 'run' if run else 'end' if b.closing and not b.inside else ''
 
+def _work(b:Batcher)->None:
+    while True:
+        with b.lock:
+            while not (due := _due(b)): b.lock.wait()
+            if due == 'decode': job = b.raw.popleft(); b.decoding += 1
+            if due == 'run':
+                b.runs += 1
+                if b.max_wait: b.lock.wait_for(lambda: len(b.decoded) >= b.max_batch or b.closing, b.max_wait)
+                jobs = [b.decoded.popleft() for _ in range(min(b.max_batch, len(b.decoded)))]
+        if due == 'end': return
+        if due == 'decode': _decode(b, job)
+        else: _serve(b, jobs)
+
+# %% ../nbs/56_batching.ipynb #c1f07b6e
 def _how(job:_Job)->str: return 'cancelled' if job.future.cancelled() else 'timed_out'
 
-def _decode(b:Batcher)->None:
-    while jobs := _take(b, b.raw, 1):
-        job = jobs[0]
-        if _dropped(job): _leave(b, jobs, _how(job)); continue
+def _decode(b:Batcher, job:_Job)->None:
+    began, how = time.monotonic(), ''
+    if _dropped(job): how = _how(job)
+    else:
         try: job.prepared = job.load()
         except Exception as e:
             job.fail(e)
-            _leave(b, jobs, 'unreadable' if isinstance(e, PictureError) else 'failed')
-            continue
-        with b.lock:
-            b.decoded.append(job)
-            b.lock.notify_all()
+            how = 'unreadable' if isinstance(e, PictureError) else 'failed'
+    job.seconds = time.monotonic() - began
+    with b.lock:
+        b.decoding -= 1
+        if not how: b.decoded.append(job)
+        b.lock.notify_all()
+    if how: _leave(b, [job], how)
 
 # %% ../nbs/56_batching.ipynb #d74f3e43
 def _wanted(b:Batcher, jobs:list[_Job])->list[_Job]:
@@ -179,14 +197,15 @@ def _run(b:Batcher, jobs:list[_Job])->None:
     _leave(b, jobs, 'answered')
     for j,a in zip(jobs, answers, strict=True): j.future.set_result(a)
 
-def _serve(b:Batcher)->None:
-    while taken := _take(b, b.decoded, b.max_batch):
-        if not (jobs := _wanted(b, taken)): continue
+def _serve(b:Batcher, taken:list[_Job])->None:
+    if jobs := _wanted(b, taken):
         with b.lock: b.running += len(jobs); b.counts['batches'] += 1; b.sizes[len(jobs)] += 1
         began = time.monotonic()
         _run(b, jobs)
-        took = (time.monotonic() - began)/len(jobs)/b.n_threads
+        run = time.monotonic() - began
+        took = max(run/b.n_threads, (run + sum(j.seconds for j in jobs))/len(b.threads))/len(jobs)
         with b.lock: b.running -= len(jobs); b.pace += .2*(took - b.pace)
+    with b.lock: b.runs -= 1; b.lock.notify_all()
 
 # %% ../nbs/56_batching.ipynb #181be22d
 def _stats(b:Batcher)->dict[str,Any]:

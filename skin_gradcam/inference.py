@@ -142,9 +142,9 @@ class Figures:
     @property
     def probabilities(self)->dict[str,float]: "Calibrated, by class"; return dict(zip(CLASSES, map(float, self.p)))
     @property
-    def top(self)->str: "The most probable class, whatever the decision"; return CLASSES[int(np.argmax(self.p))]
+    def top(self)->str: "The most probable class, whatever the decision"; p = self.p.tolist(); return CLASSES[p.index(max(p))]
     @property
-    def margin(self)->float: "Highest minus second probability"; a = np.sort(self.p); return float(a[-1]-a[-2])
+    def margin(self)->float: "Highest minus second probability"; a = sorted(self.p.tolist()); return a[-1]-a[-2]
     @property
     def limit(self)->float: "Common scale: largest absolute value of the maps"; return float(np.abs(self.maps).max())
 

@@ -39,7 +39,7 @@ class ServerSettings:
     host:str = '127.0.0.1' # address to listen on; 0.0.0.0 for every network of the machine
     port:int = 8000 # to listen on; 0 takes a free one
     connections:int = 256 # open at the same time; more of them wait
-    runs:int = 0 # runs of the network at the same time, each on one core; 0 for half of the cores
+    runs:int = 0 # runs of the network at the same time, each on one core; 0 for as many as cores
     memory:int = 512*2**20 # bytes of uploads held at the same time; beyond that an upload gets 503
     receive_s:float = 30. # seconds within which a request must have arrived; else 408
     idle_s:float = 75. # seconds after which a connection without a request is closed
@@ -179,17 +179,23 @@ class _Request(HTTPRequestParser):
 # %% ../nbs/62_serving.ipynb #2d820b5e
 class _Task(WSGITask):
     "Answers a request through the app"
+    wrote_header = False
     def build_response_header(self)->bytes:
         if self.channel.adj.stopping.is_set(): self.set_close_on_finish() # the client learns that it must connect anew
         return super().build_response_header()
+    def write(self, data:bytes)->None:
+        whole = self.complete and not self.wrote_header and self.has_body and len(data) == self.content_length
+        if not whole or not data: return super().write(data)
+        self.channel.write_soon(self.build_response_header() + data)
+        self.wrote_header, self.content_bytes_written = True, len(data)
 
 class _Channel(HTTPChannel):
     "A connection: a limit for the whole of a request, and an answer that a refused client can read"
     task_class, error_task_class, parser_class = _Task, _ErrorTask, _Request
-    begun, lingering, refused, heard = 0., 0., False, False
+    begun, lingering, refused = 0., 0., False
 
     def received(self, data:bytes)->bool:
-        now, self.heard = time.monotonic(), True
+        now = time.monotonic()
         said = super().received(data)
         self.begun = 0. if self.request is None else self.begun or now
         self.refused = self.refused or any(r.error for r in self.requests)
@@ -320,7 +326,8 @@ class Server:
         while not self.stopping.is_set(): _turn(self, 1.)
         return _drain(self)
     def stop(self)->None:
-        "Begin to stop; may be called from any thread and from a signal handler"
+        "Begin to stop; may be called from any thread and from a signal handler, and again"
+        if self.stopping.is_set(): return
         self.stopping.set()
         if self.batcher: self.batcher.ready = False
         for s in self.listeners: s.pull_trigger()
@@ -344,10 +351,10 @@ def _turn(s:Server, seconds:float)->None:
         _look_after(s.channels, s.service.receive_s)
 
 # %% ../nbs/62_serving.ipynb #2bc0d764
+def _under_way(c:_Channel)->bool: return bool(c.requests or c.request is not None or c.total_outbufs_len or c.lingering)
 def _busy(c:_Channel)->bool:
-    "Whether something is under way; a connection of this second may still bring a request"
-    fresh = not c.heard and time.time() < c.creation_time + 1
-    return bool(c.requests or c.request is not None or c.total_outbufs_len or c.lingering or fresh)
+    "Whether something is under way; on a connection that was used within this second the next request may be on its way already"
+    return _under_way(c) or time.time() < c.last_activity + 1
 
 def _hang_up(s:Server)->None:
     "Take the connections that wait at the port, then close it"
@@ -367,7 +374,7 @@ def _drain(s:Server)->int:
     while (busy := [c for c in s.channels if _busy(c)]) and time.monotonic() < end:
         for c in s.channels: c.will_close = c.will_close or c not in busy
         _turn(s, .05)
-    left = sum(max(1, len(c.requests)) for c in busy if not c.lingering)
+    left = sum(max(1, len(c.requests)) for c in busy if _under_way(c) and not c.lingering)
     s.dispatcher.shutdown(timeout=.1 if left else 5)
     wasyncore.close_all(s.map, ignore_all=True)
     return left
@@ -415,7 +422,7 @@ def serve(settings:Settings=Settings(), # what the app allows
     few_heaps()
     how:dict[str,Any] = dict(gate=service.gate, views=service.views, prior=service.prior or None)
     explainer, n = make_explainer(bundle, settings.limits, **how), cpu_limit()
-    batcher = Batcher(explainer, settings.max_batch, queue_size=settings.queue_size, threads=service.runs or max(1, n//2), decoders=n)
+    batcher = Batcher(explainer, settings.max_batch, queue_size=settings.queue_size, threads=service.runs or n, decoders=n)
     with logging_to():
         app = create_app(explainer, settings, batcher)
         log_requests(app)

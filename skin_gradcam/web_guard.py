@@ -13,6 +13,7 @@ from flask import Request, Response, g, has_request_context
 from limits import parse_many
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
+from werkzeug.formparser import FormDataParser
 from .pictures import Limits, PictureError, open_header, picture_format, read_bytes
 
 # %% auto #0
@@ -162,9 +163,27 @@ def client_group(address:str|None # of the client
     if a.ipv4_mapped: return str(a.ipv4_mapped)
     return str(ipaddress.ip_network((a, 64), strict=False))
 
+# %% ../nbs/58_web_guard.ipynb #7d0e35a1
+class _Pieces:
+    "A body, in pieces none of which goes on over the beginning of a boundary"
+    def __init__(self, body:IO[bytes], boundary:str): self.body, self.edge, self.rest = body, f'\r\n--{boundary}'.encode(), b''
+    def read(self, n:int=-1)->bytes:
+        data = self.rest or self.body.read(n)
+        at = data.find(self.edge, 1)
+        data, self.rest = (data, b'') if at < 0 else (data[:at], data[at:])
+        return data
+
+class _Forms(FormDataParser):
+    "Reads forms; a picture's bytes are not searched for boundaries one by one"
+    def parse(self, stream:IO[bytes], mimetype:str, content_length:int|None, options:dict[str,str]|None=None)->Any:
+        boundary = (options or {}).get('boundary')
+        pieces:Any = _Pieces(stream, boundary) if boundary else stream
+        return stream, *super().parse(pieces, mimetype, content_length, options)[1:]
+
 # %% ../nbs/58_web_guard.ipynb #b75d19e2
 class MemoryRequest(Request):
     "A request whose uploads stay in memory"
+    form_data_parser_class = _Forms
     max_form_parts = 32
     max_form_memory_size = 2**18 # must exceed the 64 KiB in which a body is read
     def __init__(self, environ:dict[str,Any], # of the request, from the WSGI server

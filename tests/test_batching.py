@@ -115,6 +115,47 @@ def test_decoding_is_bounded():
     b.close()
 
 
+class Counting(Echo):
+    "Notes how many runs there are at the same time, and their sizes"
+    def __init__(self): self.lock, self.now, self.runs, self.sizes = threading.Lock(), 0, 0, []
+
+    def answer(self, prepared):
+        with self.lock: self.now += 1; self.runs = max(self.runs, self.now); self.sizes.append(len(prepared))
+        time.sleep(.005)
+        with self.lock: self.now -= 1
+        return [p.name for p in prepared]
+
+
+@pytest.mark.parametrize('threads, decoders', [(1, 4), (2, 3), (3, 1)])
+def test_runs_are_bounded_and_all_workers_find_work(threads, decoders):
+    "Whoever is free takes what is due, but no more run the network at a time than may"
+    with Batcher(Counting(), max_batch=2, queue_size=200, threads=threads, decoders=decoders) as b:
+        futures = [b.submit(named(i)) for i in range(60)]
+        assert [f.result(10) for f in futures] == [str(i) for i in range(60)]
+        assert len(b.threads) == max(threads, decoders) and b.explainer.runs == threads
+    assert b.stats()['queued'] == b.stats()['running'] == 0
+
+
+@pytest.mark.parametrize('decoders', [1, 2])
+def test_a_batch_that_may_wait_is_filled(decoders):
+    "Also where one worker both decodes and runs"
+    import skin_gradcam.batching as module
+    with Batcher(Counting(), max_batch=4, max_wait=.5, queue_size=200, decoders=decoders) as b:
+        futures = module._enter(b, [module._Job(lambda i=i: named(i), float('inf')) for i in range(12)])
+        assert [f.result(10) for f in futures] == [str(i) for i in range(12)]
+    assert b.explainer.sizes == [4, 4, 4]
+
+
+def test_the_time_for_busy_counts_decoding():
+    import skin_gradcam.batching as module
+
+    def slowly(): time.sleep(.05); return named(1)
+    with Batcher(Echo(), decoders=1) as b:
+        for _ in range(20): module._enter(b, [module._Job(slowly, float('inf'))])[0].result(10)
+        time.sleep(.05)
+        assert .04 < b.pace < .2
+
+
 @pytest.fixture(scope='module')
 def uploads() -> list[bytes]:
     made = []

@@ -83,6 +83,46 @@ def test_pipelined_requests_are_answered_in_order(echo):
         assert server.listeners[0].adj.budget.taken == 0 and b'Server:' not in got
 
 
+def test_an_answer_leaves_in_one_packet(echo):
+    with serving(echo) as server, socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
+        for _ in range(2):
+            s.sendall(b'POST /echo/a HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc')
+            head, _, content = s.recv(2**16).partition(b'\r\n\r\n')
+            assert f'Content-Length: {len(content)}'.encode() in head and json.loads(content)['n'] == 3
+
+
+@pytest.mark.parametrize('method, content', [('GET', b'onetwo'), ('HEAD', b'')])
+@pytest.mark.parametrize('said', [dict(), {'Content-Length': '6'}])
+def test_answers_in_parts_and_without_content(method, content, said):
+    def app(environ, start):
+        start('200 OK', list(said.items()))
+        return iter([b'one', b'', b'two'] if method == 'GET' else [])
+
+    with serving(app) as server:
+        c = http.client.HTTPConnection('127.0.0.1', server.port, timeout=10)
+        c.request(method, '/')
+        assert c.getresponse().read() == content
+
+
+def test_the_next_request_may_be_on_its_way_when_the_stop_begins(echo):
+    "Between an answer and the next request a connection looks idle; one that was used just now is given a second"
+    def ask(c, i):
+        c.request('GET', f'/echo/{i}')
+        r = c.getresponse()
+        return r.read() and r.headers['Connection']
+
+    with serving(echo) as server:
+        old, used = (http.client.HTTPConnection('127.0.0.1', server.port, timeout=10) for _ in range(2))
+        assert ask(old, 0) is None
+        time.sleep(1.1)
+        assert ask(used, 1) is None
+        server.stop()
+        time.sleep(.3)
+        assert ask(used, 2) == 'close'
+        with pytest.raises(http.client.RemoteDisconnected): ask(old, 3)
+    assert server.gave == [0]
+
+
 def test_who_may_say_where_a_request_comes_from(echo):
     "Headers of proxies reach the app only when it is told to trust them"
     for proxied in (False, True):
