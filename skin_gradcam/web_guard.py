@@ -165,12 +165,12 @@ def client_group(address:str|None # of the client
 
 # %% ../nbs/58_web_guard.ipynb #7d0e35a1
 class _Pieces:
-    "A body, in pieces none of which goes on over the beginning of a boundary"
-    def __init__(self, body:IO[bytes], boundary:str): self.body, self.edge, self.rest = body, f'\r\n--{boundary}'.encode(), b''
+    "A body; what is read of it is cut once where a boundary may begin"
+    def __init__(self, body:IO[bytes], boundary:str): self.body, self.edge, self.rest = body, f'\r\n--{boundary}'.encode(errors='replace'), b''
     def read(self, n:int=-1)->bytes:
-        data = self.rest or self.body.read(n)
-        at = data.find(self.edge, 1)
-        data, self.rest = (data, b'') if at < 0 else (data[:at], data[at:])
+        if self.rest: data, self.rest = self.rest, b''; return data
+        data = self.body.read(n)
+        if (at := data.find(self.edge, 1)) > 0: data, self.rest = data[:at], data[at:]
         return data
 
 class _Forms(FormDataParser):
