@@ -387,7 +387,10 @@ def load_bundle(folder:str|Path, # that `write_bundle` made
     if classes is not None and list(classes) != bundle.classes:
         raise _refuse(folder/INFO, f"knows the classes {', '.join(bundle.classes)}, needed are {', '.join(classes)}",
                       'use a bundle for these classes')
-    for f in sorted(folder.iterdir()):
+    try: there = sorted(folder.iterdir())
+    except OSError as e: raise _refuse(folder, f'cannot be read ({e.strerror or e})',
+                                       'check the permissions; if another process is replacing it, try again') from e
+    for f in there:
         if f.suffix.lower() in _RUNS_CODE | {'.onnx', '.safetensors'} and f.name not in bundle.info.files:
             raise _refuse(f, 'does not belong to the bundle', 'remove it')
     for name in bundle.info.files: bundle.read(name)

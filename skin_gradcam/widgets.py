@@ -137,8 +137,8 @@ class _Explain:
             raise
         if self.session.torch and len(self.layer.options) == 1: self.layer.options = list(self.session.layers)
         self.layer.disabled = self.method.value == CLOSED
-        self.numbers.value = view_html(self.view)
         self.repaint()
+        self.numbers.value = view_html(self.view) # after the picture, so whoever reads them sees the picture they are of
 
     def repaint(self)->None:
         if self.view is None or self.session.answer is None or self.session.answer.picture is None: return

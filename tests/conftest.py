@@ -3,14 +3,19 @@
 `data` tests need the real pictures, `browser` tests need Chromium, `peer` tests need the other libraries of the `dev`
 extra. Each is skipped with a line that says what to install. With `--no-skips-allowed` (CI) a skip is a failure unless
 the machine truly lacks the pictures or the browser, or the test states its condition in `@pytest.mark.skipif`.
+
+`pytest -n 2` runs the files on two workers. A test that measures time is marked `alone`: the other worker waits.
 """
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+LOCKS = pytest.StashKey[str]()
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
 
@@ -109,6 +115,42 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp('site') / '_docs'
     subprocess.run([sys.executable, ROOT / 'tools/build_docs.py', '--site-only', '--out', out], check=True)
     return out
+
+
+# ---------------------------------------------------------------- tests that run alone
+
+try: import fcntl
+except ImportError: fcntl = None                         # type: ignore[assignment]      # Windows: one worker
+
+
+@contextlib.contextmanager
+def locked(file: Path, how: int) -> Iterator[None]:
+    with open(file, 'a') as f:
+        fcntl.flock(f, how)
+        try: yield
+        finally: fcntl.flock(f, fcntl.LOCK_UN)           # also where a forked process still has the file open
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    "Tell a worker of pytest-xdist the folder of the locks"
+    folder = node.config.stash.get(LOCKS, None)
+    if folder is None:
+        node.config.stash[LOCKS] = folder = tempfile.mkdtemp(prefix='skin_gradcam-tests-')
+        node.config.add_cleanup(functools.partial(shutil.rmtree, folder))
+    node.workerinput['locks'] = folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    "Among workers: tests share the room, one marked `alone` has it to itself; the door lets it in before later ones"
+    told = getattr(item.config, 'workerinput', None)
+    if fcntl is None or told is None: return (yield)
+    how = fcntl.LOCK_EX if item.get_closest_marker('alone') else fcntl.LOCK_SH
+    with contextlib.ExitStack() as inside:
+        with locked(Path(told['locks'], 'door'), fcntl.LOCK_EX):
+            inside.enter_context(locked(Path(told['locks'], 'room'), how))
+        return (yield)
 
 
 # ---------------------------------------------------------------- skips that are failures

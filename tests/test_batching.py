@@ -146,6 +146,7 @@ def test_a_batch_that_may_wait_is_filled(decoders):
     assert b.explainer.sizes == [4, 4, 4]
 
 
+@pytest.mark.alone
 def test_the_time_for_busy_counts_decoding():
     import skin_gradcam.batching as module
 
@@ -206,6 +207,7 @@ def test_wrong_settings_are_refused():
         with pytest.raises(ValueError, match=next(iter(kw))): Batcher(Echo(), **kw)
 
 
+@pytest.mark.alone
 def test_waiting_for_a_batch_to_fill():
     "With `max_wait` a batch forms although each picture comes alone"
     b = Batcher(Echo(), max_batch=4, max_wait=2)

@@ -62,11 +62,13 @@ def test_notebooks_run_in_three_minutes():
     for name, b in s['notebooks'].items(): assert b['seconds'] < 180 and not b['error'] and not b['warned'], (name, b)
 
 
+@pytest.mark.alone
 def test_a_notebook_is_timed_on_a_fresh_checkout(tmp_path):
     s = measured('notebook_times.py', '--only', 'nbs/00_lesions.ipynb', '--check', out=tmp_path / 's.json')
     assert [*s['notebooks']] == ['nbs/00_lesions.ipynb'] and 0 < s['total_s'] < 180
 
 
+@pytest.mark.alone
 @pytest.mark.peer
 def test_training_is_measured_beside_fastai(tmp_path):
     "What CI can repeat: both sides take their steps, on small phantoms"
@@ -74,6 +76,7 @@ def test_training_is_measured_beside_fastai(tmp_path):
     assert s['step']['size'] == 96 and s['step']['ratio']['median'] > 1, s
 
 
+@pytest.mark.alone
 @pytest.mark.peer
 def test_the_loader_is_measured_beside_fastai(tmp_path):
     "What CI can repeat: that both sides run, and that ours is the quicker one by the mark (it is by far more)"

@@ -150,6 +150,7 @@ def test_two_at_once(pictures, tmp_path):
     assert p.wait() == 0
 
 
+@pytest.mark.alone
 def test_the_bulk_benchmark_runs_and_its_figures_hold(tmp_path):
     subprocess.run([sys.executable, ROOT / 'benchmarks' / 'bulk_speed.py', '--quick', '--out', tmp_path / 'b.json'],
                    check=True, capture_output=True)

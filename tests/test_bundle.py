@@ -184,15 +184,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle(bundle):
 
 
 def test_two_writers_leave_a_whole_bundle(bundle):
+    refused = []
+
     def write(name):
         for k in range(15):
             try: write_bundle(bundle.folder, WEIGHTS, replace(INFO, name=f'{name}{k}'))
-            except BundleError: pass
+            except BaseException as e: refused.append(e)
     both = [threading.Thread(target=write, args=(n,)) for n in 'xy']
     for t in both: t.start()
     for t in both: t.join()
+    assert {type(e) for e in refused} <= {BundleError}, refused
     write_bundle(bundle.folder, WEIGHTS, INFO)
     assert load_bundle(bundle.folder).name == 't'
+
+
+def test_a_folder_that_goes_while_it_is_read_is_refused(bundle, monkeypatch):
+    "Another process may be replacing it"
+    def gone(self): raise FileNotFoundError(2, 'No such file or directory', str(self))
+    monkeypatch.setattr(B.Path, 'iterdir', gone)
+    with pytest.raises(BundleError, match='if another process is replacing it, try again'): load_bundle(bundle.folder)
 
 
 def test_a_copied_or_moved_bundle_is_the_same(bundle, tmp_path):

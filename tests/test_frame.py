@@ -1,6 +1,7 @@
 "The package as installed, and the rules of the test run itself"
 from __future__ import annotations
 
+import os
 import re
 from configparser import ConfigParser
 from importlib.metadata import distribution
@@ -76,8 +77,8 @@ def test_readme_commands() -> None:
     "The two commands that README.md promises; .ci/run runs the second as it stands there"
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert re.search(r"^python -m pip install -e \. && skin-gradcam demo$", text, re.M)
-    test = r"^python -m pip install -e '\.\[dev\]' && nbdev-test --n-workers 2 && (python -m )?pytest$"
-    assert re.search(test, text, re.M)
+    test = "python -m pip install -e '.[dev]' && nbdev-test --n-workers 2 && python -m pytest -n 2 --dist loadfile"
+    assert re.search(f'^{re.escape(test)}$', text, re.M)
 
 
 # ---------------------------------------------------------------- skips
@@ -128,3 +129,42 @@ def test_skipped_module_is_refused(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name('conftest.py').read_text(encoding='utf-8'))
     pytester.makepyfile("import pytest\npytest.importorskip('a_library_that_is_not_there')\ndef test_x(): pass")
     assert 'errors' in pytester.runpytest('--no-skips-allowed').parseoutcomes()
+
+
+TIMED = """
+import time
+from pathlib import Path
+import pytest
+
+def spend():
+    began = time.monotonic()
+    time.sleep(.1)
+    with open(Path(__file__).with_name('times'), 'a') as f: f.write(f'{began} {time.monotonic()} ')
+
+@pytest.mark.parametrize('k', range(8))
+def test_shared(k): spend()
+
+@pytest.mark.alone
+def test_alone():
+    spend()
+    with open(Path(__file__).with_name('times'), 'a') as f: f.write('alone ')
+
+@pytest.mark.parametrize('k', range(8))
+def test_later(k): spend()
+"""
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='flock is of POSIX')
+def test_a_test_marked_alone_has_no_other_beside_it(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(Path(__file__).with_name('conftest.py').read_text(encoding='utf-8'))
+    pytester.makepyfile(test_a=TIMED, test_b=TIMED.replace("'times'", "'times_b'"))
+    outcome = pytester.runpytest_subprocess('-n', '2', '--dist', 'loadfile', '-p', 'no:cacheprovider')
+    assert outcome.parseoutcomes()['passed'] == 34
+    spans = []
+    for words in (Path(pytester.path, n).read_text().split() for n in ('times', 'times_b')):
+        at = words.index('alone')
+        words.pop(at)
+        ends = [*map(float, words)]
+        spans.append([(a, b, 2 * k == at - 2) for k, (a, b) in enumerate(zip(ends[::2], ends[1::2]))])
+    beside = [x or y for a, b, x in spans[0] for c, d, y in spans[1] if a < d and c < b]
+    assert len(beside) >= 5 and not any(beside)                    # the others do run side by side

@@ -48,6 +48,7 @@ def test_the_stored_cost_holds_its_marks():
         for peer in PEERS: assert row(case, peer, 1)['ratio'] > row(case, 'closed form W.A/(hw)', 3)['ratio']
 
 
+@pytest.mark.alone
 @pytest.mark.peer
 def test_the_cost_is_measured_beside_the_peers(tmp_path):
     "What CI can repeat: everything runs, our graph is a thousand times smaller, the dearest peer costs twice as much"
@@ -58,6 +59,7 @@ def test_the_cost_is_measured_beside_the_peers(tmp_path):
     assert row(case, 'pytorch-grad-cam GradCAM', 3)['ratio'] > 2 * ours['ratio']
 
 
+@pytest.mark.alone
 def test_a_few_hundred_calls_leave_nothing(tmp_path):
     s = run('gradcam_soak.py', '--calls', '500', '--check', out=tmp_path / 's.json')
     assert s['found']['calls'] >= 500 and all(s['held'].values()), s['wrong']

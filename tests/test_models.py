@@ -138,6 +138,7 @@ def test_fails_at_once_without_network(arch, no_network, monkeypatch):
     with pytest.raises(ModelError, match=said): create_model(arch)
 
 
+@pytest.mark.alone
 def test_server_that_says_nothing(no_network, monkeypatch):
     "Accepts the connection and then keeps silent: given up after about three seconds, where timm alone takes 46"
     with socket.socket() as s:
@@ -149,6 +150,7 @@ def test_server_that_says_nothing(no_network, monkeypatch):
         assert time.monotonic() - t < 12
 
 
+@pytest.mark.alone
 def test_slow_name_lookup(monkeypatch):
     slow = types.SimpleNamespace(open=lambda *a, **k: time.sleep(4) or types.SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(models, 'build_opener', lambda: slow)

@@ -232,6 +232,7 @@ def test_the_figures_hold_their_marks():
     assert s['int8']['n'] == 330 and s['int8']['balanced_accuracy'][0] > .7
 
 
+@pytest.mark.alone
 @pytest.mark.peer
 def test_the_speed_is_measured_beside_torch(tmp_path):
     "What CI can repeat: both engines run, agree, and onnxruntime is the quicker one"

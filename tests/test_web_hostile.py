@@ -53,6 +53,7 @@ def largest(fmt):
     return buf.getvalue()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     'make',
     [lambda: scans(90), lambda: largest('PNG'), lambda: largest('GIF'), lambda: largest('WEBP')],
