@@ -136,18 +136,16 @@ import time
 from pathlib import Path
 import pytest
 
-def spend():
+def spend(alone=False):
     began = time.monotonic()
     time.sleep(.1)
-    with open(Path(__file__).with_name('times'), 'a') as f: f.write(f'{began} {time.monotonic()} ')
+    with open(Path(__file__).with_suffix('.times'), 'a') as f: f.write(f'{began} {time.monotonic()} {int(alone)}\\n')
 
 @pytest.mark.parametrize('k', range(8))
 def test_shared(k): spend()
 
 @pytest.mark.alone
-def test_alone():
-    spend()
-    with open(Path(__file__).with_name('times'), 'a') as f: f.write('alone ')
+def test_alone(): spend(alone=True)
 
 @pytest.mark.parametrize('k', range(8))
 def test_later(k): spend()
@@ -157,14 +155,10 @@ def test_later(k): spend()
 @pytest.mark.skipif(os.name != 'posix', reason='flock is of POSIX')
 def test_a_test_marked_alone_has_no_other_beside_it(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name('conftest.py').read_text(encoding='utf-8'))
-    pytester.makepyfile(test_a=TIMED, test_b=TIMED.replace("'times'", "'times_b'"))
+    pytester.makepyfile(test_a=TIMED, test_b=TIMED)
     outcome = pytester.runpytest_subprocess('-n', '2', '--dist', 'loadfile', '-p', 'no:cacheprovider')
     assert outcome.parseoutcomes()['passed'] == 34
-    spans = []
-    for words in (Path(pytester.path, n).read_text().split() for n in ('times', 'times_b')):
-        at = words.index('alone')
-        words.pop(at)
-        ends = [*map(float, words)]
-        spans.append([(a, b, 2 * k == at - 2) for k, (a, b) in enumerate(zip(ends[::2], ends[1::2]))])
+    files = (Path(pytester.path, f'test_{n}.times').read_text().splitlines() for n in 'ab')
+    spans = [[tuple(map(float, line.split())) for line in lines] for lines in files]
     beside = [x or y for a, b, x in spans[0] for c, d, y in spans[1] if a < d and c < b]
     assert len(beside) >= 5 and not any(beside)                    # the others do run side by side
